@@ -1,0 +1,175 @@
+"""The dictionary: activation functions by name, each with its derivative and its cost.
+
+Two kinds. A *pointwise* activation has no parameters and acts on each number alone; it may enter a mix and a fused
+kernel. A *module* activation normalises over the hidden axis or owns parameters (PolyNorm, xIELU); it serves as a
+baseline for the fixed form only. The default dictionary is the one of arXiv 2605.26647 as read second-hand [S];
+LeakyReLU's slope 0.01 is our choice [O].
+
+Note that LeakyReLU = 0.99 ReLU + 0.01 identity: single coefficients of a mix are not identifiable, so judge the curve
+sum_k c_k sigma_k(u) and not its entries.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+
+Pointwise = Callable[[Tensor], Tensor]
+
+LEAKY_SLOPE = 0.01
+DICTIONARY = ("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A pointwise activation function."""
+
+    name: str
+    function: Pointwise
+    derivative: Pointwise | None
+    """The derivative as a function of the input; None: taken by autograd."""
+    cost: float
+    """Elementwise operations per number, forward; a transcendental function counts as 10."""
+
+    def value_and_derivative(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The function and its derivative at u, both of u's shape, outside the graph."""
+        if self.derivative is not None:
+            return self.function(u), self.derivative(u)
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            value = self.function(u)
+            (slope,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), slope
+
+
+_POINTWISE: dict[str, Activation] = {}
+_MODULES: dict[str, Callable[[], nn.Module]] = {}
+
+
+def register_activation(
+    name: str, function: Pointwise, derivative: Pointwise | None = None, cost: float = 10.0
+) -> Activation:
+    """Add a pointwise activation that dictionaries and configs can name.
+
+    Args:
+        name: new name, not yet taken.
+        function: maps a tensor to one of the same shape, each number alone, differentiable by autograd.
+        derivative: the derivative as a function of the same input; None lets autograd take it.
+        cost: elementwise operations per number, for cost estimates.
+
+    Raises:
+        UserError: the name is taken, or the function does not act on each number alone.
+    """
+    if name in _POINTWISE or name in _MODULES:
+        raise UserError(f"activation '{name}' is already registered; choose another name")
+    probe = torch.linspace(-3.0, 3.0, 8)
+    value = function(probe)
+    alone = torch.cat([function(probe[i : i + 1]) for i in range(8)])
+    if value.shape != probe.shape or not torch.allclose(value, alone, atol=1e-6):
+        raise UserError(f"activation '{name}' must map each number alone to one number")
+    _POINTWISE[name] = Activation(name, function, derivative, cost)
+    return _POINTWISE[name]
+
+
+def pointwise(name: str) -> Activation:
+    """The pointwise activation of that name; UserError names the known ones."""
+    if name not in _POINTWISE:
+        extra = " (it has parameters or couples neurons, so it only serves the fixed form)" if name in _MODULES else ""
+        known = ", ".join(_POINTWISE)
+        raise UserError(f"unknown activation '{name}' for a mix{extra}; known: {known}")
+    return _POINTWISE[name]
+
+
+def is_pointwise(name: str) -> bool:
+    return name in _POINTWISE
+
+
+def activation_names() -> tuple[str, ...]:
+    """All names that the fixed form accepts."""
+    return (*_POINTWISE, *_MODULES)
+
+
+def module_activation(name: str) -> nn.Module:
+    """A fresh module for an activation with parameters; UserError for an unknown name."""
+    if name not in _MODULES:
+        raise UserError(f"unknown activation '{name}'; known: {', '.join(activation_names())}")
+    return _MODULES[name]()
+
+
+def _gelu_derivative(u: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
+    return torch.special.ndtr(u) + torch.where(density == 0, 0.0, u * density)  # u · 0 at ±inf would be NaN
+
+
+def _silu_derivative(u: Tensor) -> Tensor:
+    s = torch.sigmoid(u)
+    rest = s * (1 - s)
+    return s + torch.where(rest == 0, 0.0, u * rest)
+
+
+def _leaky_derivative(u: Tensor) -> Tensor:
+    return torch.ones_like(u).masked_fill_(u <= 0, LEAKY_SLOPE)
+
+
+for _name, _function, _derivative, _cost in (
+    ("identity", lambda u: u, torch.ones_like, 0.0),
+    ("gelu", F.gelu, _gelu_derivative, 13.0),
+    ("silu", F.silu, _silu_derivative, 12.0),
+    ("relu", F.relu, lambda u: (u > 0).to(u.dtype), 1.0),
+    ("leaky_relu", lambda u: F.leaky_relu(u, LEAKY_SLOPE), _leaky_derivative, 2.0),
+    ("relu2", lambda u: F.relu(u).square(), lambda u: 2 * F.relu(u), 2.0),
+    ("tanh", torch.tanh, lambda u: 1 - torch.tanh(u).square(), 10.0),
+    ("gelu_tanh", lambda u: F.gelu(u, approximate="tanh"), None, 17.0),
+    ("quick_gelu", lambda u: u * torch.sigmoid(1.702 * u), None, 13.0),
+):
+    register_activation(_name, _function, _derivative, _cost)
+
+
+class PolyNorm(nn.Module):
+    """a_1 n(x) + a_2 n(x²) + a_3 n(x³) + b with n(v) = v / rms(v) over the hidden axis (Zhuo et al., "Polynomial
+    Composition Activations", arXiv 2411.03884, eq. 5). Input and output (..., h); computed in float32 at least."""
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), 1 / 3))
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.eps = eps
+
+    def forward(self, u: Tensor) -> Tensor:
+        v = u.to(torch.promote_types(u.dtype, torch.float32))
+        total = self.bias.to(v.dtype)
+        for power, weight in enumerate(self.weight, start=1):
+            term = v**power
+            total = total + weight * term * torch.rsqrt(term.square().mean(-1, keepdim=True) + self.eps)
+        return total.to(u.dtype)
+
+
+class XIELU(nn.Module):
+    """α_p u² + β u for u > 0, α_n (exp(u) - 1 - u) + β u otherwise, with α_p = softplus(p), α_n = β + softplus(n) and
+    β = 0.5 (Huang and Schlag, "Deriving Activation Functions Using Integration", arXiv 2411.13010). Both α start at
+    0.8. Input and output (..., h); computed in float32 at least."""
+
+    beta = 0.5
+
+    def __init__(self, start: float = 0.8) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.tensor([math.log(math.expm1(start))]))
+        self.alpha_n = nn.Parameter(torch.tensor([math.log(math.expm1(start - self.beta))]))
+
+    def forward(self, u: Tensor) -> Tensor:
+        v = u.to(torch.promote_types(u.dtype, torch.float32))
+        alpha_p = F.softplus(self.alpha_p)
+        alpha_n = self.beta + F.softplus(self.alpha_n)
+        negative = v.clamp(max=0.0)
+        curve = torch.where(v > 0, alpha_p * v.square(), alpha_n * (torch.expm1(negative) - negative))
+        return (curve + self.beta * v).to(u.dtype)
+
+
+_MODULES["polynorm"] = PolyNorm
+_MODULES["xielu"] = XIELU
+MODULE_COST = 20.0  # elementwise operations per number of PolyNorm and xIELU, for cost estimates

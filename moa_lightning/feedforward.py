@@ -1,0 +1,291 @@
+"""The feed-forward layer with a swappable activation: one config, one module, closed-form costs.
+
+    plain   y = W_down M(W_up x)                               M = sigma, LA or MoA           [P] Type-I
+    gated   y = W_down (M(W_gate x) ⊙ W_up x)                  branches: one                  [P] Type-II
+            y = W_down (M(W_gate x) ⊙ M'(W_up x))              branches: both, "bi-MoA"       [S]
+            y = W_down sum_kl c_kl sigma_k(W_gate x) ⊙ sigma_l(W_up x)    branches: pairs     [S]
+
+after arXiv 2605.26647 ([P] its abstract, [S] second-hand readings, [O] our choice; see mixing.py for the coefficients).
+GELU, ReLU², SwiGLU, GEGLU, PolyNorm and xIELU layers are configurations of this module, not modules of their own.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .activations import DICTIONARY, MODULE_COST, activation_names, is_pointwise, pointwise
+from .errors import UserError
+from .mixing import FixedActivation, Gate, Mixing, PairMixing
+
+WEIGHT_STD = 0.02  # trunk weights of a layer that is built on its own; nets with their own rule overwrite it
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "mixing": ("fixed", "la", "moa"),
+    "form": ("plain", "gated"),
+    "branches": ("one", "both", "pairs"),
+    "gate": ("sigmoid", "softmax", "tanh"),
+    "init": ("identity", "paper"),
+    "base": ("trained", "held"),
+    "match": ("width", "parameters", "flops"),
+}
+
+
+@dataclass(frozen=True)
+class FFNConfig:
+    """What a feed-forward layer computes. Frozen, of plain values: it can be hashed, saved and merged."""
+
+    mixing: Literal["fixed", "la", "moa"] = "fixed"
+    """fixed activation, one learned mix (LA), or a mix gated per token (MoA)"""
+    form: Literal["plain", "gated"] = "plain"
+    """two projections, or three with a product in the middle"""
+    activation: str = "gelu"
+    """the fixed activation; for LA and MoA the entry that the identity start selects"""
+    dictionary: tuple[str, ...] = DICTIONARY
+    """pointwise activations that LA and MoA mix"""
+    branches: Literal["one", "both", "pairs"] = "one"
+    """gated form: mix the gate branch, both branches, or all products of entries"""
+    gate: Gate = "sigmoid"
+    """function of the gate logits (MoA)"""
+    gate_bias: bool = False
+    """a bias on the gate logits (MoA); the paper shows none [S]"""
+    init: Literal["identity", "paper"] = "identity"
+    """start as the fixed activation, or as the paper writes it: c = g(Ux) with small random U, LA at 1/K"""
+    base: Literal["trained", "held"] = "trained"
+    """train α or hold it where it starts; the paper's MoA holds it"""
+    hidden_ratio: float = 4.0
+    """hidden width of the baseline layer, a plain fixed one, in units of the model width"""
+    match: Literal["width", "parameters", "flops"] = "width"
+    """what this layer has in common with that baseline: its hidden width, its parameters or its FLOPs"""
+    multiple_of: int = 1
+    """a matched hidden width is rounded to the nearest multiple of this; 64 and more suit accelerators"""
+    bias: bool = True
+    """biases in the projections"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dictionary", tuple(self.dictionary))
+        for field, allowed in _CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise UserError(f"ffn.{field} is '{getattr(self, field)}'; choose from {', '.join(allowed)}")
+        if self.mixing == "fixed":
+            if self.activation not in activation_names():
+                known = ", ".join(activation_names())
+                raise UserError(f"ffn.activation '{self.activation}' is unknown; known: {known}")
+        else:
+            self._check_mix()
+        if self.form == "plain" and self.branches != "one":
+            raise UserError(f"ffn.branches '{self.branches}' needs ffn.form 'gated': the plain form has one branch")
+        if not self.hidden_ratio > 0 or self.multiple_of < 1:
+            raise UserError("ffn.hidden_ratio must be above 0 and ffn.multiple_of at least 1")
+
+    def _check_mix(self) -> None:
+        if not self.dictionary or len(set(self.dictionary)) != len(self.dictionary):
+            raise UserError("ffn.dictionary must name at least one activation and none of them twice")
+        for name in self.dictionary:
+            pointwise(name)
+        if self.init == "identity":
+            needed = [self.activation] + (["identity"] if self.branches != "one" else [])
+            for name in needed:
+                if name not in self.dictionary:
+                    raise UserError(
+                        f"the identity start needs '{name}' in ffn.dictionary, which has {', '.join(self.dictionary)}; "
+                        "add it or set ffn.init to 'paper'"
+                    )
+
+    @property
+    def gated(self) -> bool:
+        return self.form == "gated"
+
+    @property
+    def mixed_branches(self) -> int:
+        """Branches with learned coefficients of their own (pairs counts as one)."""
+        return 0 if self.mixing == "fixed" else 2 if self.branches == "both" else 1
+
+    @property
+    def entries(self) -> int:
+        """Coefficients per mix: K, K² for pairs, 0 for the fixed form."""
+        if self.mixing == "fixed":
+            return 0
+        return len(self.dictionary) ** (2 if self.branches == "pairs" else 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for checkpoints and YAML."""
+        return {**asdict(self), "dictionary": list(self.dictionary)}
+
+
+def parameter_count(dim: int, hidden_dim: int, config: FFNConfig) -> int:
+    """Trainable parameters of FeedForward(dim, config, hidden_dim), in closed form (without a norm inside)."""
+    ins = 2 if config.gated else 1
+    count = (ins + 1) * dim * hidden_dim
+    if config.bias:
+        count += ins * hidden_dim + dim
+    if config.mixing == "fixed":
+        return count + {"polynorm": 4, "xielu": 2}.get(config.activation, 0)
+    per_mix = config.entries if config.base == "trained" else 0
+    if config.mixing == "moa":
+        per_mix += config.entries * (dim + config.gate_bias)
+    return count + config.mixed_branches * per_mix
+
+
+def flops_per_token(dim: int, hidden_dim: int, config: FFNConfig) -> int:
+    """Matrix-product FLOPs of one forward pass for one token; a multiply-add counts as two. Backward takes twice that.
+
+    Elementwise work is not in it: see elementwise_per_token.
+    """
+    flops = 2 * (3 if config.gated else 2) * dim * hidden_dim
+    if config.mixing == "moa":
+        flops += 2 * config.mixed_branches * config.entries * dim
+    return flops
+
+
+def elementwise_per_token(hidden_dim: int, config: FFNConfig) -> float:
+    """Elementwise operations of one forward pass for one token, by the activations' costs: each entry is evaluated
+    once per branch that reads it and joined by a multiply-add; gated forms add the product."""
+    product = hidden_dim if config.gated else 0
+    if config.mixing == "fixed":
+        cost = pointwise(config.activation).cost if is_pointwise(config.activation) else MODULE_COST
+        return cost * hidden_dim + product
+    evaluate = sum(pointwise(name).cost for name in config.dictionary) * hidden_dim
+    branches = 1 if config.branches == "one" else 2
+    join = 2 * config.entries * hidden_dim * config.mixed_branches
+    return branches * evaluate + join + (product if config.branches != "pairs" else 0)
+
+
+def matched_hidden_dim(
+    dim: int,
+    config: FFNConfig,
+    baseline_hidden_dim: int,
+    by: Literal["width", "parameters", "flops"],
+    baseline: FFNConfig | None = None,
+) -> int:
+    """The hidden width at which `config` has the width, parameters or FLOPs of a baseline layer.
+
+    Args:
+        dim: model width d.
+        baseline_hidden_dim: the baseline's hidden width.
+        baseline: None for the plain fixed layer with `config.bias`.
+
+    Returns:
+        The nearest multiple of config.multiple_of, at least one multiple.
+    """
+    if by == "width":
+        return baseline_hidden_dim
+    baseline = baseline or FFNConfig(bias=config.bias)
+    cost = parameter_count if by == "parameters" else flops_per_token
+    target = cost(dim, baseline_hidden_dim, baseline)
+    fixed_part, slope = cost(dim, 0, config), cost(dim, 1, config) - cost(dim, 0, config)
+    multiple = config.multiple_of
+    return max(multiple, round((target - fixed_part) / slope / multiple) * multiple)
+
+
+class FeedForward(nn.Module):
+    """A feed-forward layer as its config says; x (..., d) -> (..., d).
+
+    Args:
+        dim: model width d.
+        config: what it computes.
+        hidden_dim: hidden width h; None resolves config.hidden_ratio and config.match.
+        norm: module applied to the hidden vector before the down projection (EVA-02 has one); None for none.
+        dropout: rate applied to the hidden vector and to the output.
+
+    Attributes:
+        up_proj, gate_proj (gated only), down_proj: nn.Linear.
+        up_mix (plain; gated with both), gate_mix (gated: one, both), pair_mix (pairs): their `coefficients(x)` are
+            (..., K), or (..., K, K) for pairs.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        config: FFNConfig,
+        hidden_dim: int | None = None,
+        norm: nn.Module | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if hidden_dim is None:
+            hidden_dim = matched_hidden_dim(dim, config, round(config.hidden_ratio * dim), config.match)
+        self.dim, self.hidden_dim, self.config = dim, hidden_dim, config
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=config.bias)
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=config.bias) if config.gated else None
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=config.bias)
+        self.norm = norm
+        self.drop = nn.Dropout(dropout) if dropout else None
+        self.up_mix: FixedActivation | Mixing | None = None
+        self.gate_mix: FixedActivation | Mixing | None = None
+        self.pair_mix: PairMixing | None = None
+        self._add_mixes()
+        self.reset_parameters()
+
+    def _add_mixes(self) -> None:
+        config = self.config
+        fixed = config.mixing == "fixed"
+        if not config.gated:
+            self.up_mix = FixedActivation(config.activation) if fixed else self._mixing(config.activation)
+        elif fixed:
+            self.gate_mix = FixedActivation(config.activation)
+        elif config.branches == "pairs":
+            self.pair_mix = PairMixing(*self._mixing_arguments(config.activation, "identity"))
+        else:
+            self.gate_mix = self._mixing(config.activation)
+            if config.branches == "both":
+                self.up_mix = self._mixing("identity")
+
+    def _mixing(self, start: str) -> Mixing:
+        return Mixing(*self._mixing_arguments(start))
+
+    def _mixing_arguments(self, *start: str) -> tuple[Any, ...]:
+        config = self.config
+        where = tuple(config.dictionary.index(name) if config.init == "identity" else 0 for name in start)
+        gate = config.gate if config.mixing == "moa" else None
+        return (self.dim, config.dictionary, where, gate, config.gate_bias, config.init, config.base == "trained")
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Truncated normal weights of standard deviation 0.02, zero biases, mixes at their start."""
+        for projection in self.projections():
+            nn.init.trunc_normal_(projection.weight, std=WEIGHT_STD, generator=generator)
+            if projection.bias is not None:
+                projection.bias.zero_()
+        for mixing in self.mixings().values():
+            mixing.reset_parameters(generator)
+
+    def projections(self) -> list[nn.Linear]:
+        return [p for p in (self.up_proj, self.gate_proj, self.down_proj) if p is not None]
+
+    def mixings(self) -> dict[str, Mixing | PairMixing]:
+        """The learned mixes by attribute name; empty for the fixed form."""
+        named = {"up_mix": self.up_mix, "gate_mix": self.gate_mix, "pair_mix": self.pair_mix}
+        return {name: m for name, m in named.items() if m is not None and not isinstance(m, FixedActivation)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self._hidden(x)  # (..., h)
+        if self.drop is not None:
+            hidden = self.drop(hidden)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        y = self.down_proj(hidden)
+        return self.drop(y) if self.drop is not None else y
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        if self.gate_proj is None:
+            assert self.up_mix is not None
+            return self.up_mix(up, x)
+        gate = self.gate_proj(x)
+        if self.pair_mix is not None:
+            return self.pair_mix(gate, up, x)
+        assert self.gate_mix is not None
+        return self.gate_mix(gate, x) * (up if self.up_mix is None else self.up_mix(up, x))
+
+    def parameter_count(self) -> int:
+        """Trainable parameters in closed form, a norm inside not counted."""
+        return parameter_count(self.dim, self.hidden_dim, self.config)
+
+    def flops_per_token(self) -> int:
+        """Forward matrix-product FLOPs for one token."""
+        return flops_per_token(self.dim, self.hidden_dim, self.config)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, hidden_dim={self.hidden_dim}, mixing={self.config.mixing}, form={self.config.form}"

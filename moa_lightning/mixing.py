@@ -1,0 +1,160 @@
+"""The coefficients of a mix: fixed, LA and MoA as one family, each containing the one before.
+
+    c_k(x) = α_k + g(u_kᵀ x + b_k) - g(0)        g = sigmoid | softmax over k | tanh,  g(0) = 1/2 | 1/K | 0
+
+fixed: one entry, its coefficient held at 1. LA: α trained, no gate. MoA: α held or trained, gate trained. [P] LA's
+coefficients do not depend on the input, MoA's do, per token; [S] both are scalars per activation, the gate reads the
+FFN's input x, sigmoid > softmax > tanh. The additive form around g(0) is our choice [O]: with u = b = 0 the layer is
+exactly its LA, with α one-hot exactly its fixed activation, and every gate row gets a gradient from the first step,
+which a multiplicative form α_k g_k(x) denies to entries with α_k = 0.
+
+Two starts. `identity`: α is one-hot at the activation that the layer had, u = b = 0: the layer computes what it
+computed before. `paper`: MoA starts at c = g(Ux) with small random U and α = g(0); LA at α = 1/K [O].
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .activations import is_pointwise, module_activation, pointwise
+from .kernels import mix, mix_pairs
+
+Gate = Literal["sigmoid", "softmax", "tanh"]
+GATE_START_STD = 0.02  # of u in the paper's start [O]
+
+
+def gate_function(logits: Tensor, gate: Gate, entry_axes: int) -> Tensor:
+    """g(logits) with the entries on the last `entry_axes` axes; softmax runs over all of them jointly."""
+    if gate == "sigmoid":
+        return torch.sigmoid(logits)
+    if gate == "tanh":
+        return torch.tanh(logits)
+    return logits.flatten(-entry_axes).softmax(-1).unflatten(-1, logits.shape[-entry_axes:])
+
+
+def gate_at_zero(gate: Gate, entries: int) -> float:
+    """g(0), the value that the additive form subtracts."""
+    return {"sigmoid": 0.5, "softmax": 1 / entries, "tanh": 0.0}[gate]
+
+
+class FixedActivation(nn.Module):
+    """The member with nothing to learn about the mix: one entry, coefficient 1, computed in the input's dtype.
+
+    Takes any activation, also those with parameters of their own (PolyNorm, xIELU).
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.entries = (name,)
+        self.activation = None if is_pointwise(name) else module_activation(name)
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """Ones (..., 1) for x (..., d)."""
+        return x.new_ones(*x.shape[:-1], 1)
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        """sigma(u), u (..., h); x is not looked at."""
+        return self.activation(u) if self.activation is not None else pointwise(self.entries[0]).function(u)
+
+    def extra_repr(self) -> str:
+        return self.entries[0]
+
+
+class MixCoefficients(nn.Module):
+    """The learned coefficients c(x) of a mix: LA without a gate, MoA with one.
+
+    Args:
+        dim: width d of the FFN's input x, which the gate reads.
+        entries: names of the K pointwise activations.
+        start: index of the entry that is 1 at the identity start (one index per entry axis).
+        gate: None for LA.
+        gate_bias: give the gate logits a bias b.
+        init: "identity" or "paper".
+        train_base: train α; otherwise it is held where it starts.
+
+    Parameters: base (K,) (α; a buffer when held), gate_weight (K, d), gate_bias (K,). None of them takes weight decay.
+    """
+
+    entry_axes = 1
+
+    def __init__(
+        self,
+        dim: int,
+        entries: tuple[str, ...],
+        start: tuple[int, ...],
+        gate: Gate | None,
+        gate_bias: bool = False,
+        init: Literal["identity", "paper"] = "identity",
+        train_base: bool = True,
+    ) -> None:
+        super().__init__()
+        self.entries, self.start, self.gate, self.init = entries, start, gate, init
+        shape = (len(entries),) * self.entry_axes
+        if train_base:
+            self.base = nn.Parameter(torch.empty(shape))
+        else:
+            self.register_buffer("base", torch.empty(shape))
+        count = math.prod(shape)
+        self.gate_weight = nn.Parameter(torch.empty(count, dim)) if gate else None
+        self.gate_bias = nn.Parameter(torch.empty(count)) if gate and gate_bias else None
+        self.gate_zero = gate_at_zero(gate, count) if gate else 0.0
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Write the start that `init` names; only the paper's start of a gate is random."""
+        if self.init == "identity":
+            self.base.zero_()
+            self.base[self.start] = 1.0
+        else:
+            self.base.fill_(self.gate_zero if self.gate else 1 / self.base.numel())
+        if self.gate_weight is not None:
+            if self.init == "identity":
+                self.gate_weight.zero_()
+            else:
+                self.gate_weight.normal_(std=GATE_START_STD, generator=generator)
+        if self.gate_bias is not None:
+            self.gate_bias.zero_()
+
+    def gates(self, x: Tensor) -> Tensor | None:
+        """g(u_kᵀ x + b_k) in float32 at least, (..., K) or (..., K, K) for pairs; None without a gate."""
+        if self.gate is None or self.gate_weight is None:
+            return None
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.gate_bias is None else self.gate_bias.to(dtype)
+            logits = nn.functional.linear(x.to(dtype), self.gate_weight.to(dtype), bias)
+        return gate_function(logits.unflatten(-1, self.base.shape), self.gate, self.entry_axes)
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """c(x) in float32 at least: x (..., d) -> (..., K), or (..., K, K) for pairs."""
+        return self._coefficients(x).expand(*x.shape[:-1], *self.base.shape)
+
+    def _coefficients(self, x: Tensor) -> Tensor:
+        """c(x) without the token axes where it does not depend on the token."""
+        base = self.base.to(torch.promote_types(x.dtype, torch.float32))
+        gates = self.gates(x)
+        return base if gates is None else base + (gates - self.gate_zero)
+
+    def extra_repr(self) -> str:
+        return f"{' + '.join(self.entries)}, gate={self.gate}, init={self.init}"
+
+
+class Mixing(MixCoefficients):
+    """The mix sum_k c_k(x) sigma_k(u) of one branch."""
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        """The mix at the pre-activation u (..., h) for the input x (..., d) -> (..., h) in u's dtype."""
+        return mix(u, self._coefficients(x), self.entries)
+
+
+class PairMixing(MixCoefficients):
+    """The quadratic mix sum_kl c_kl(x) sigma_k(a) sigma_l(b) of the gated form; base (K, K), gate_weight (K², d)."""
+
+    entry_axes = 2
+
+    def forward(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        """The mix of the gate branch a and the up branch b, both (..., h), for the input x (..., d) -> (..., h)."""
+        return mix_pairs(a, b, self._coefficients(x), self.entries)
