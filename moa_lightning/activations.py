@@ -37,18 +37,23 @@ class Activation:
     """Elementwise operations per number, forward; a transcendental function counts as 10."""
 
     def value_and_derivative(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The function and its derivative at u, both of u's shape, outside the graph."""
+        """The function and its derivative at u, both of u's shape."""
         if self.derivative is not None:
             return self.function(u), self.derivative(u)
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            value = self.function(u)
-            (slope,) = torch.autograd.grad(value.sum(), u)
-        return value.detach(), slope
+        value, pull_back = torch.func.vjp(self.function, u)[:2]  # unlike autograd.grad, torch.compile traces it whole
+        return value, pull_back(torch.ones_like(u))[0]
+
+
+class ModuleActivation(nn.Module):
+    """An activation that owns parameters or couples neurons; maps (..., h) to (..., h)."""
+
+    def reset_parameters(self) -> None:
+        """Write the start of the parameters, which is not random."""
+        raise NotImplementedError
 
 
 _POINTWISE: dict[str, Activation] = {}
-_MODULES: dict[str, Callable[[], nn.Module]] = {}
+_MODULES: dict[str, Callable[[], ModuleActivation]] = {}
 
 
 def register_activation(
@@ -67,13 +72,22 @@ def register_activation(
     """
     if name in _POINTWISE or name in _MODULES:
         raise UserError(f"activation '{name}' is already registered; choose another name")
+    activation = Activation(name, function, derivative, cost)
     probe = torch.linspace(-3.0, 3.0, 8)
-    value = function(probe)
-    alone = torch.cat([function(probe[i : i + 1]) for i in range(8)])
-    if value.shape != probe.shape or not torch.allclose(value, alone, atol=1e-6):
+    if not _acts_alone(function, probe):
         raise UserError(f"activation '{name}' must map each number alone to one number")
-    _POINTWISE[name] = Activation(name, function, derivative, cost)
-    return _POINTWISE[name]
+    if activation.value_and_derivative(probe)[1].shape != probe.shape:
+        raise UserError(f"the derivative of activation '{name}' must have the shape of its input")
+    _POINTWISE[name] = activation
+    return activation
+
+
+def _acts_alone(function: Pointwise, probe: Tensor) -> bool:
+    """Whether the function gives each number of a vector what it gives that number on its own."""
+    whole, alone = function(probe), [function(number) for number in probe.split(1)]
+    if whole.shape != probe.shape or any(value.shape != (1,) for value in alone):
+        return False
+    return torch.allclose(whole, torch.cat(alone), atol=1e-6)
 
 
 def pointwise(name: str) -> Activation:
@@ -94,7 +108,7 @@ def activation_names() -> tuple[str, ...]:
     return (*_POINTWISE, *_MODULES)
 
 
-def module_activation(name: str) -> nn.Module:
+def module_activation(name: str) -> ModuleActivation:
     """A fresh module for an activation with parameters; UserError for an unknown name."""
     if name not in _MODULES:
         raise UserError(f"unknown activation '{name}'; known: {', '.join(activation_names())}")
@@ -130,15 +144,22 @@ for _name, _function, _derivative, _cost in (
     register_activation(_name, _function, _derivative, _cost)
 
 
-class PolyNorm(nn.Module):
+class PolyNorm(ModuleActivation):
     """a_1 n(x) + a_2 n(x²) + a_3 n(x³) + b with n(v) = v / rms(v) over the hidden axis (Zhuo et al., "Polynomial
     Composition Activations", arXiv 2411.03884, eq. 5). Input and output (..., h); computed in float32 at least."""
 
     def __init__(self, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((3,), 1 / 3))
-        self.bias = nn.Parameter(torch.zeros(1))
+        self.weight = nn.Parameter(torch.empty(3))
+        self.bias = nn.Parameter(torch.empty(1))
         self.eps = eps
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The start: the plain mean of the three terms."""
+        self.weight.fill_(1 / 3)
+        self.bias.zero_()
 
     def forward(self, u: Tensor) -> Tensor:
         v = u.to(torch.promote_types(u.dtype, torch.float32))
@@ -149,7 +170,7 @@ class PolyNorm(nn.Module):
         return total.to(u.dtype)
 
 
-class XIELU(nn.Module):
+class XIELU(ModuleActivation):
     """α_p u² + β u for u > 0, α_n (exp(u) - 1 - u) + β u otherwise, with α_p = softplus(p), α_n = β + softplus(n) and
     β = 0.5 (Huang and Schlag, "Deriving Activation Functions Using Integration", arXiv 2411.13010). Both α start at
     0.8. Input and output (..., h); computed in float32 at least."""
@@ -158,8 +179,16 @@ class XIELU(nn.Module):
 
     def __init__(self, start: float = 0.8) -> None:
         super().__init__()
-        self.alpha_p = nn.Parameter(torch.tensor([math.log(math.expm1(start))]))
-        self.alpha_n = nn.Parameter(torch.tensor([math.log(math.expm1(start - self.beta))]))
+        self.start = start
+        self.alpha_p = nn.Parameter(torch.empty(1))
+        self.alpha_n = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The start: both α at `start`."""
+        self.alpha_p.fill_(math.log(math.expm1(self.start)))
+        self.alpha_n.fill_(math.log(math.expm1(self.start - self.beta)))
 
     def forward(self, u: Tensor) -> Tensor:
         v = u.to(torch.promote_types(u.dtype, torch.float32))

@@ -9,6 +9,7 @@ after arXiv 2605.26647 ([P] its abstract, [S] second-hand readings, [O] our choi
 GELU, ReLU², SwiGLU, GEGLU, PolyNorm and xIELU layers are configurations of this module, not modules of their own.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -68,22 +69,27 @@ class FFNConfig:
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise UserError(f"ffn.{field} is '{getattr(self, field)}'; choose from {', '.join(allowed)}")
-        if self.mixing == "fixed":
-            if self.activation not in activation_names():
-                known = ", ".join(activation_names())
-                raise UserError(f"ffn.activation '{self.activation}' is unknown; known: {known}")
-        else:
+        if self.activation not in activation_names():
+            known = ", ".join(activation_names())
+            raise UserError(f"ffn.activation '{self.activation}' is unknown; known: {known}")
+        if self.mixing != "fixed":
             self._check_mix()
         if self.form == "plain" and self.branches != "one":
             raise UserError(f"ffn.branches '{self.branches}' needs ffn.form 'gated': the plain form has one branch")
-        if not self.hidden_ratio > 0 or self.multiple_of < 1:
-            raise UserError("ffn.hidden_ratio must be above 0 and ffn.multiple_of at least 1")
+        if not 0 < self.hidden_ratio < math.inf:
+            raise UserError(f"ffn.hidden_ratio is {self.hidden_ratio}; give a finite number above 0")
+        if self.multiple_of < 1:
+            raise UserError(f"ffn.multiple_of is {self.multiple_of}; give a whole number of at least 1")
 
     def _check_mix(self) -> None:
         if not self.dictionary or len(set(self.dictionary)) != len(self.dictionary):
-            raise UserError("ffn.dictionary must name at least one activation and none of them twice")
+            given = ", ".join(self.dictionary) or "empty"
+            raise UserError(f"ffn.dictionary is {given}; name at least one activation and none of them twice")
         for name in self.dictionary:
-            pointwise(name)
+            try:
+                pointwise(name)
+            except UserError as error:
+                raise UserError(f"ffn.dictionary: {error}") from None
         if self.init == "identity":
             needed = [self.activation] + (["identity"] if self.branches != "one" else [])
             for name in needed:
@@ -187,7 +193,7 @@ class FeedForward(nn.Module):
         config: what it computes.
         hidden_dim: hidden width h; None resolves config.hidden_ratio and config.match.
         norm: module applied to the hidden vector before the down projection (EVA-02 has one); None for none.
-        dropout: rate applied to the hidden vector and to the output.
+        dropout: rate applied to the hidden vector and to the output, or one rate for each.
 
     Attributes:
         up_proj, gate_proj (gated only), down_proj: nn.Linear.
@@ -201,17 +207,21 @@ class FeedForward(nn.Module):
         config: FFNConfig,
         hidden_dim: int | None = None,
         norm: nn.Module | None = None,
-        dropout: float = 0.0,
+        dropout: float | tuple[float, float] = 0.0,
     ) -> None:
         super().__init__()
         if hidden_dim is None:
             hidden_dim = matched_hidden_dim(dim, config, round(config.hidden_ratio * dim), config.match)
+        if hidden_dim < 1:
+            raise UserError(f"the hidden width is {hidden_dim} at model width {dim}; raise ffn.hidden_ratio")
         self.dim, self.hidden_dim, self.config = dim, hidden_dim, config
         self.up_proj = nn.Linear(dim, hidden_dim, bias=config.bias)
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=config.bias) if config.gated else None
         self.down_proj = nn.Linear(hidden_dim, dim, bias=config.bias)
         self.norm = norm
-        self.drop = nn.Dropout(dropout) if dropout else None
+        hidden_rate, output_rate = dropout if isinstance(dropout, tuple) else (dropout, dropout)
+        self.hidden_drop = nn.Dropout(hidden_rate) if hidden_rate else None
+        self.drop = nn.Dropout(output_rate) if output_rate else None
         self.up_mix: FixedActivation | Mixing | None = None
         self.gate_mix: FixedActivation | Mixing | None = None
         self.pair_mix: PairMixing | None = None
@@ -250,6 +260,9 @@ class FeedForward(nn.Module):
                 projection.bias.zero_()
         for mixing in self.mixings().values():
             mixing.reset_parameters(generator)
+        for branch in (self.up_mix, self.gate_mix):
+            if isinstance(branch, FixedActivation):
+                branch.reset_parameters()
 
     def projections(self) -> list[nn.Linear]:
         return [p for p in (self.up_proj, self.gate_proj, self.down_proj) if p is not None]
@@ -261,8 +274,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self._hidden(x)  # (..., h)
-        if self.drop is not None:
-            hidden = self.drop(hidden)
+        if self.hidden_drop is not None:
+            hidden = self.hidden_drop(hidden)
         if self.norm is not None:
             hidden = self.norm(hidden)
         y = self.down_proj(hidden)

@@ -50,6 +50,11 @@ class FixedActivation(nn.Module):
         self.entries = (name,)
         self.activation = None if is_pointwise(name) else module_activation(name)
 
+    def reset_parameters(self) -> None:
+        """Write the start of an activation with parameters of its own; it is not random."""
+        if self.activation is not None:
+            self.activation.reset_parameters()
+
     def coefficients(self, x: Tensor) -> Tensor:
         """Ones (..., 1) for x (..., d)."""
         return x.new_ones(*x.shape[:-1], 1)

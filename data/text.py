@@ -1,0 +1,209 @@
+"""Text as bytes: windows of a fixed context over one long byte string, and the data module for plain files.
+
+A token is a byte (vocabulary of 256), so nothing has to be trained or shipped, any file is legal and bits per byte is
+the loss divided by ln 2. Documents are joined by a NUL byte. Training windows do not overlap; where the first one
+starts is drawn anew for each epoch, so that the model does not always see the same cuts. Evaluation starts at byte 0
+and counts every byte after the first exactly once.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.base import DataModule, Samples
+from data.documents import corpus_sha256, read_documents, split_documents
+from moa_lightning.errors import UserError
+from moa_lightning.random import named_seed
+
+SEPARATOR = b"\0"
+IGNORED = -100
+
+
+class ByteSource(Protocol):
+    """A long byte string that is read in pieces."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Bytes start..stop-1 as uint8 (stop - start,)."""
+
+
+class MemoryBytes:
+    """A byte string in memory."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = np.frombuffer(content, dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.content[start:stop]
+
+
+class Windows(Samples):
+    """Windows of `context_length` tokens and their next tokens over a byte source.
+
+    Subclasses set `count`, the number of windows, and say where each one lies.
+    """
+
+    count: int
+
+    def __init__(self, source: ByteSource, context_length: int, seed: int) -> None:
+        super().__init__(seed)
+        self.source, self.context_length = source, context_length
+
+    def __len__(self) -> int:
+        return self.count
+
+    def uncounted(self, sample: dict[str, Any]) -> dict[str, Any]:
+        return {**sample, "targets": torch.full_like(sample["targets"], IGNORED)}
+
+
+class TrainWindows(Windows):
+    """Windows for training: no overlap, a new offset below `context_length` in every epoch.
+
+    The number of windows is the same for every offset, which costs at most one window of text.
+
+    Raises:
+        UserError: the text is shorter than one context and the token after it.
+    """
+
+    def __init__(self, source: ByteSource, context_length: int, seed: int) -> None:
+        super().__init__(source, context_length, seed)
+        if len(source) <= context_length:
+            raise UserError(
+                f"the training text has {len(source)} bytes, but context_length {context_length} needs at least "
+                f"{context_length + 1}: give more text or a shorter context"
+            )
+        self.count = max(1, (len(source) - 1) // context_length - 1)
+
+    def offset(self, epoch: int) -> int:
+        """First byte of window 0."""
+        spare = len(self.source) - 1 - self.count * self.context_length
+        return named_seed(self.seed, f"offset of epoch {epoch}") % min(spare + 1, self.context_length)
+
+    def sample(self, index: int, epoch: int, seed: int) -> dict[str, Any]:
+        start = self.offset(epoch) + index * self.context_length
+        window = self.source.read(start, start + self.context_length + 1).astype(np.int64)
+        return {"tokens": torch.from_numpy(window[:-1]), "targets": torch.from_numpy(window[1:])}
+
+
+class EvalWindows(Windows):
+    """Windows for evaluation: from byte 0 to the end, the last one filled up with targets that are not counted.
+
+    Args:
+        limit: at most so many windows, evenly spaced over the text; None takes all.
+    """
+
+    def __init__(self, source: ByteSource, context_length: int, seed: int, limit: int | None = None) -> None:
+        super().__init__(source, context_length, seed)
+        self.windows = -(-(len(source) - 1) // context_length)
+        self.count = self.windows if limit is None else min(limit, self.windows)
+
+    def sample(self, index: int, epoch: int, seed: int) -> dict[str, Any]:
+        start = (index * self.windows // self.count) * self.context_length
+        window = self.source.read(start, min(start + self.context_length + 1, len(self.source)))
+        tokens, targets = np.zeros(self.context_length, np.int64), np.full(self.context_length, IGNORED, np.int64)
+        tokens[: len(window) - 1], targets[: len(window) - 1] = window[:-1], window[1:]
+        return {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
+
+
+class TextModule(DataModule):
+    """Base of the text modules: bytes as tokens.
+
+    Args:
+        context_length: tokens in a sample.
+        max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
+    """
+
+    vocab_size = 256
+
+    def __init__(
+        self,
+        context_length: int,
+        batch_size: int,
+        max_val_samples: int | None,
+        num_workers: int,
+        seed: int,
+        shuffle_block: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, shuffle_block)
+        if context_length < 1 or (max_val_samples is not None and max_val_samples < 1):
+            raise UserError(f"context_length {context_length} and max_val_samples {max_val_samples} must be at least 1")
+        self.context_length = context_length
+        self.max_val_samples = max_val_samples
+
+    @property
+    def token_bytes(self) -> Tensor:
+        """Bytes that each token stands for: int64 (vocab_size,)."""
+        return torch.ones(self.vocab_size, dtype=torch.int64)
+
+    def encode(self, text: str) -> list[int]:
+        """Text to tokens."""
+        return list(text.encode())
+
+    def decode(self, tokens: list[int]) -> str:
+        """Tokens to text; bytes that are not UTF-8 become replacement characters."""
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+    def windows(self, sources: dict[str, ByteSource]) -> dict[str, Samples]:
+        """The splits over their byte strings; val and test are left out where they have no byte to predict."""
+        splits: dict[str, Samples] = {"train": TrainWindows(sources["train"], self.context_length, self.seed)}
+        for split, limit in (("val", self.max_val_samples), ("test", None)):
+            if split in sources and len(sources[split]) > 1:
+                splits[split] = EvalWindows(sources[split], self.context_length, self.seed, limit)
+        return splits
+
+
+class TextFiles(TextModule):
+    """Plain text files, or the standard library of the running interpreter.
+
+    Args:
+        source: "stdlib", or a file, a folder (all files in it), a glob, or a list of these. Files are split by a hash
+            of their names; fewer than three files are split by position: training text first, then val, then test.
+        context_length: tokens (bytes) in a sample.
+        batch_size: samples in a micro-step over all devices together.
+        val_fraction: share of the files (or of the bytes, when split by position) for validation.
+        test_fraction: the same for testing.
+        max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
+        num_workers: loader processes for each device and loader; 0 reads in the training process.
+        seed: of order and window offsets.
+
+    Raises:
+        UserError: in `setup`, where the source is missing, empty or too short.
+    """
+
+    def __init__(
+        self,
+        source: str | list[str] = "stdlib",
+        context_length: int = 256,
+        batch_size: int = 32,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        max_val_samples: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(context_length, batch_size, max_val_samples, num_workers, seed)
+        self.source: str | Sequence[str] = source
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self._described: dict[str, str | int] = {}
+
+    def build(self) -> dict[str, Samples]:
+        documents = read_documents(self.source)
+        parts = split_documents(documents, self.val_fraction, self.test_fraction)
+        joined = {split: SEPARATOR.join(d.content for d in part) for split, part in parts.items()}
+        self._described = {
+            "source": self.source if isinstance(self.source, str) else ", ".join(self.source),
+            "files": len(documents),
+            **{f"{split}_bytes": len(content) for split, content in joined.items()},
+            "sha256": corpus_sha256(documents),
+        }
+        return self.windows({split: MemoryBytes(content) for split, content in joined.items()})
+
+    def describe_source(self) -> dict[str, str | int]:
+        return self._described

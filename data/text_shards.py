@@ -1,0 +1,88 @@
+"""The data module for text in WebDataset shards: one document (`.txt`) a sample, read from disk window by window."""
+
+import numpy as np
+
+from data.base import Samples
+from data.shards import ShardMembers, expand
+from data.text import ByteSource, TextModule
+
+
+class ShardBytes:
+    """The documents of several shards as one byte string, joined by NUL, of which only asked pieces are read."""
+
+    def __init__(self, members: ShardMembers) -> None:
+        self.members = members
+        # starts[i] is the first byte of document i; each but the last is followed by a separator
+        self.starts = np.concatenate([[0], np.cumsum(members.spans[:, 1] + 1)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1]) - 1
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        piece = np.zeros(stop - start, dtype=np.uint8)
+        document = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while (first := int(self.starts[document])) < stop:
+            low, high = max(start, first), min(stop, int(self.starts[document + 1]) - 1)
+            if low < high:
+                content = self.members.read(document, low - first, high - first)
+                piece[low - start : high - start] = np.frombuffer(content, dtype=np.uint8)
+            document += 1
+            if document == len(self.members):
+                break
+        return piece
+
+
+class TextShards(TextModule):
+    """Text in tar shards, as `moa data text` writes them or as any WebDataset with `.txt` members has it.
+
+    Args:
+        train: shards for training: a path, a glob, a range `path/train-{000000..000009}.tar`, or a list of these.
+        val: the same for validation; None trains without.
+        test: the same for testing.
+        context_length: tokens (bytes) in a sample.
+        batch_size: samples in a micro-step over all devices together.
+        max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
+        shuffle_block: neighbouring windows that stay together while 16 such blocks are mixed; 0 shuffles freely.
+        num_workers: loader processes for each device and loader; 0 reads in the training process.
+        seed: of order and window offsets.
+
+    Raises:
+        UserError: in `setup`, shards that are missing, damaged, empty or without `.txt` members, or too little text.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        context_length: int = 256,
+        batch_size: int = 32,
+        max_val_samples: int | None = None,
+        shuffle_block: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(context_length, batch_size, max_val_samples, num_workers, seed, shuffle_block)
+        self.patterns = {name: value for name, value in (("train", train), ("val", val), ("test", test)) if value}
+        self._described: dict[str, str | int] = {}
+
+    def prepare_data(self) -> None:
+        """Build missing indices in one process of each machine before all of them read."""
+        self._members()
+
+    def _members(self) -> dict[str, ShardMembers]:
+        return {name: ShardMembers(expand(value), ("txt",)) for name, value in self.patterns.items()}
+
+    def build(self) -> dict[str, Samples]:
+        members = self._members()
+        sources: dict[str, ByteSource] = {name: ShardBytes(part) for name, part in members.items()}
+        self._described = {
+            "source": ", ".join(str(value) for value in self.patterns.values()),
+            "shards": sum(len(part.paths) for part in members.values()),
+            **{f"{name}_bytes": len(source) for name, source in sources.items()},
+            **{f"{name}_sha256": part.sha256() for name, part in members.items()},
+        }
+        return self.windows(sources)
+
+    def describe_source(self) -> dict[str, str | int]:
+        return self._described

@@ -1,0 +1,25 @@
+"""What is watched while training. Callbacks look on and write; none changes a net, a batch or a random state."""
+
+import lightning as L
+
+from .convergence import Convergence
+from .gradients import GradientNorm
+from .learning_rate import LearningRate
+from .mixing import MixingTelemetry
+from .pictures import Pictures
+from .throughput import Throughput
+
+__all__ = [
+    "Convergence",
+    "GradientNorm",
+    "LearningRate",
+    "MixingTelemetry",
+    "Pictures",
+    "Throughput",
+    "default_callbacks",
+]
+
+
+def default_callbacks() -> list[L.Callback]:
+    """The callbacks of every run, in the order that they need: Convergence gathers what those before it log."""
+    return [LearningRate(), GradientNorm(), Throughput(), MixingTelemetry(), Pictures(), Convergence()]

@@ -1,0 +1,180 @@
+"""Drawing for TensorBoard: the curves and maps of a mix, PNG encoding, and where pictures go.
+
+Figures are made with matplotlib's object interface (no global state, no display) and imported on first use. Colours are
+Okabe and Ito's, which colour-blind readers tell apart. Widths stay at or below 1200 pixels, TensorBoard's column.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
+DPI = 100
+COLUMNS = 4
+MAX_PANELS = 24
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An RGB picture as PNG."""
+
+    png: bytes
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One panel of the mixes' figure; all arrays (P,) over the points u."""
+
+    name: str
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    start: np.ndarray
+
+
+@dataclass(frozen=True)
+class PairMap:
+    """One panel of the pairs' figure: mean coefficients (K, K), gate entries down, up entries across."""
+
+    name: str
+    mean: np.ndarray
+    entries: tuple[str, ...]
+    start: tuple[int, int] | None
+
+
+def encode(pixels: np.ndarray) -> Picture:
+    """uint8 pixels (H, W, 3) as PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=3)
+    return Picture(buffer.getvalue(), width=pixels.shape[1], height=pixels.shape[0])
+
+
+def publish(picture: Picture, tag: str, step: int, writer: SummaryWriter | None, file: Path | None) -> None:
+    """Give a picture to TensorBoard and to a file, each where there is one; encoded once for both."""
+    if writer is not None:
+        image = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=picture.png
+        )
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture.png)
+
+
+def keep_latest(folder: Path, prefix: str, count: int) -> None:
+    """Delete all but the `count` files `<prefix>-step<number>.*` with the highest numbers."""
+    files = sorted(folder.glob(f"{prefix}-step[0-9]*.*"), key=lambda path: int(path.stem.rpartition("-step")[2]))
+    for path in files[:-count]:
+        path.unlink()
+
+
+def evenly(items: list[Any], count: int) -> list[Any]:
+    """At most `count` of the items, evenly spaced, first and last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def draw_curves(curves: list[Curve], u: np.ndarray, title: str) -> Picture:
+    """Small multiples of sum_k c_k sigma_k(u), on common axes: mean, 10-90 % band of tokens, start."""
+    curves = evenly(curves, MAX_PANELS)
+    banded = any((curve.high > curve.low).any() for curve in curves)  # not for LA: all tokens share its curve
+    figure, panels = _grid(len(curves), height=2.4, share=True)
+    for axes, curve in zip(panels, curves, strict=True):
+        axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+        axes.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+        if banded:
+            axes.fill_between(u, curve.low, curve.high, color=BLUE, alpha=0.25, linewidth=0, label="10-90 % of tokens")
+        axes.plot(u, curve.mean, color=BLUE, linewidth=1.8, label="mean over tokens" if banded else "now")
+        axes.plot(u, curve.start, color=ORANGE, linewidth=1.3, dashes=(4, 2), label="at the start")
+        axes.set_title(curve.name, fontsize=10, pad=3)
+    panels[0].set_xlim(float(u[0]), float(u[-1]))
+    panels[0].set_xticks(np.linspace(0.75 * u[0], 0.75 * u[-1], 3))
+    panels[0].set_ylim(*_limits(curves))
+    _legend(figure, panels[0], title)
+    return _render(figure)
+
+
+def draw_pair_maps(maps: list[PairMap], title: str) -> Picture:
+    """Small multiples of the mean coefficients of pairs, on one symmetric colour scale.
+
+    The entry that was 1 at the start is framed, bears its value, and is left out of the scale: it would drown the rest.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    maps = evenly(maps, MAX_PANELS)
+    figure, panels = _grid(len(maps), height=2.6, share=False)
+    largest = max(float(np.abs(_without_start(panel)).max()) for panel in maps) or 1.0
+    scale = ScalarMappable(Normalize(-largest, largest), "PuOr_r")
+    for axes, panel in zip(panels, maps, strict=True):
+        axes.imshow(panel.mean, norm=scale.norm, cmap=scale.cmap)
+        if panel.start is not None:
+            row, column = panel.start
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="white", edgecolor="black"))
+            axes.text(column, row, f"{panel.mean[row, column]:.2f}", ha="center", va="center", fontsize=8)
+        ticks = range(len(panel.entries))
+        axes.set_xticks(ticks, panel.entries, rotation=90, fontsize=8)
+        axes.set_yticks(ticks, panel.entries, fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_title(panel.name, fontsize=10, pad=3)
+    figure.suptitle(title, fontsize=11)
+    figure.colorbar(scale, ax=panels, shrink=0.8, label="mean coefficient")
+    return _render(figure)
+
+
+def _without_start(panel: PairMap) -> np.ndarray:
+    mean = panel.mean.copy()
+    if panel.start is not None:
+        mean[panel.start] = 0.0
+    return mean
+
+
+def _grid(count: int, height: float, share: bool) -> "tuple[Figure, list[Any]]":
+    """A figure with `count` panels, filled row by row, each 3 inches wide."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(COLUMNS, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(max(3 * columns, 6), height * rows + 0.7), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False)
+    panels = list(grid.flat)
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
+
+
+def _limits(curves: list[Curve]) -> tuple[float, float]:
+    """The range of all panels, with a margin."""
+    low = min(float(min(c.low.min(), c.start.min(), c.mean.min())) for c in curves)
+    high = max(float(max(c.high.max(), c.start.max(), c.mean.max())) for c in curves)
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
+
+
+def _legend(figure: "Figure", axes: Any, title: str) -> None:
+    figure.suptitle(title, fontsize=11)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+
+
+def _render(figure: "Figure") -> Picture:
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return encode(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3]))

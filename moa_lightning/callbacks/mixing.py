@@ -1,0 +1,252 @@
+"""What the learned mixes do while they train: coefficients, how far they follow the token, the state of the gates, and
+the curve sum_k c_k sigma_k(u) as a picture.
+
+Judge the curve, not the entries: LeakyReLU = 0.99 ReLU + 0.01 identity, so single coefficients are not identifiable.
+
+Gates are summarised on one scale. A sigmoid gate p, and a tanh gate t through p = (1 + t) / 2 (which is a sigmoid of
+twice the logit), has the Bernoulli entropy H(p) = -p log2 p - (1 - p) log2(1 - p); a softmax gate, one choice among K,
+the Shannon entropy of its K values over log K. So 1 is a gate that has not decided, as at the identity start, and 0
+one that is shut. Saturated are p outside [0.05, 0.95], and softmax gates whose largest value is above 0.95: their
+gradient is nearly gone.
+
+The input of a mix is seen by a hook that lives for one forward pass. It runs before the mix, where the parameters
+of a sharded net are whole; after it they may be shards again. Compiled code ignores such hooks, so a compiled net runs
+that one step eagerly, and less often.
+"""
+
+import re
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from ..activations import pointwise
+from ..mixing import MixCoefficients
+from .common import (
+    is_logging_step,
+    run_folder,
+    steps_in_this_batch,
+    tensorboard_step,
+    tensorboard_writer,
+    write_scalars,
+)
+from .figures import Curve, PairMap, Picture, draw_curves, draw_pair_maps, keep_latest, publish
+
+MAX_TOKENS = 4096  # tokens that statistics are taken over; more do not change them visibly
+CURVE_TOKENS = 512  # tokens whose curves make the band of a picture
+CURVE_POINTS = 81
+CURVE_RANGE = 4.0
+FILES_KEPT = 3
+SATURATED = 0.05
+
+
+@dataclass
+class Capture:
+    """What one mix did in one forward pass; tensors stay on their device until they are logged.
+
+    K stands for the coefficients of the mix, K² for pairs.
+    """
+
+    alpha: Tensor
+    """(K,)"""
+    coefficients: Tensor
+    """(N, K), one row a token"""
+    gates: Tensor | None
+    """(N, K), None for LA"""
+
+
+def short_names(names: list[str]) -> dict[str, str]:
+    """Readable names of modules: net.blocks.3.mlp.up_mix -> block03/up, decoder_blocks.0.mlp.gate_mix ->
+    decoder_block00/gate. Where two would be the same, those keep their full path."""
+    short = {name: _short_name(name) for name in names}
+    taken = Counter(short.values())
+    return {name: value if taken[value] == 1 else name for name, value in short.items()}
+
+
+def _short_name(name: str) -> str:
+    path, _, mix = name.rpartition(".")
+    numbered = re.findall(r"([^.]+)\.(\d+)(?=\.|$)", path)
+    place = ".".join(f"{container.removesuffix('s')}{int(number):02d}" for container, number in numbered)
+    return "/".join(part for part in (place, mix.removesuffix("_mix")) if part)
+
+
+def gate_entropy(gates: Tensor, kind: str) -> Tensor:
+    """Mean entropy of gates (N, K) in [0, 1], see above; `kind` is sigmoid, softmax or tanh. A 0-d tensor."""
+    if kind == "softmax":
+        return torch.special.entr(gates).sum(-1).mean() / np.log(max(gates.shape[-1], 2))
+    p = gates if kind == "sigmoid" else (1 + gates) / 2
+    return ((torch.special.entr(p) + torch.special.entr(1 - p)) / np.log(2)).mean()
+
+
+def gate_saturation(gates: Tensor, kind: str) -> Tensor:
+    """Share of saturated gates (of tokens, for softmax) among gates (N, K), see above. A 0-d tensor."""
+    if kind == "softmax":
+        return (gates.amax(-1) > 1 - SATURATED).float().mean()
+    p = gates if kind == "sigmoid" else (1 + gates) / 2
+    return ((p < SATURATED) | (p > 1 - SATURATED)).float().mean()
+
+
+def capture(module: MixCoefficients, x: Tensor) -> Capture:
+    """What the mix makes of its FFN's input x (..., d)."""
+    tokens = x.detach().flatten(0, -2)
+    tokens = tokens[:: -(-tokens.shape[0] // MAX_TOKENS)]
+    with torch.no_grad():
+        gates = module.gates(tokens)
+        coefficients = module.coefficients(tokens[:1] if gates is None else tokens)
+        return Capture(
+            alpha=module.base.detach().float().flatten().clone(),
+            coefficients=coefficients.flatten(1).clone(),
+            gates=None if gates is None else gates.flatten(1),
+        )
+
+
+def start_coefficients(module: MixCoefficients) -> np.ndarray:
+    """The coefficients (K,) or (K, K) that the mix had before training, by its settings."""
+    shape = tuple(module.base.shape)
+    if module.init == "identity":
+        start = np.zeros(shape)
+        start[module.start] = 1.0
+        return start
+    return np.full(shape, module.gate_zero if module.gate else 1 / module.base.numel())
+
+
+class MixingTelemetry(L.Callback):
+    """Logs the learned mixes of a net; does nothing for a net without any.
+
+    On logging steps, for each mix that trains: mixing/<layer>/alpha/<entry>; for MoA also mean/<entry> and
+    std/<entry>, mean and standard deviation of c_k(x) over tokens, and gate_entropy and gate_saturation. Pairs, which
+    have K² entries, only get the last two. Pictures mixing/curves and mixing/pairs in TensorBoard, the last few also
+    in <run_dir>/pictures. All of it for the tokens of the first process, in the first forward pass of the batch.
+
+    Args:
+        every_n_steps: steps between pictures; the last step of a run makes one too. Compiled nets log their scalars
+            at this cadence as well.
+    """
+
+    def __init__(self, every_n_steps: int = 500) -> None:
+        self.every_n_steps = every_n_steps
+        self._mixes: dict[str, MixCoefficients] = {}
+        self._captured: dict[str, Capture] = {}
+        self._hooks = ExitStack()
+        self._run_dir: Path | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == TrainerFn.FITTING:
+            self._run_dir = run_folder(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        learning = {
+            name: module
+            for name, module in pl_module.named_modules()
+            if isinstance(module, MixCoefficients) and any(p.requires_grad for p in module.parameters())
+        }
+        names = short_names(list(learning))
+        self._mixes = {names[name]: module for name, module in learning.items()}
+        self._compiled = any(_is_compiled(module) for module in pl_module.modules())
+        self._last_step = trainer.estimated_stepping_batches
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if not self._mixes or not steps_in_this_batch(trainer) or tensorboard_writer(trainer) is None:
+            return
+        self._draw = self._picture_is_due(trainer)
+        if self._draw or (is_logging_step(trainer) and not self._compiled):
+            for name, module in self._mixes.items():
+                self._hooks.callback(module.register_forward_pre_hook(self._hook(name)).remove)
+            if self._compiled:
+                self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._hooks.close()
+        writer = tensorboard_writer(trainer)
+        if not self._captured or writer is None:
+            return
+        write_scalars(writer, self._scalars(), tensorboard_step(trainer))
+        if self._draw:
+            self._publish(trainer)
+        self._captured = {}
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._hooks.close()
+
+    def _picture_is_due(self, trainer: L.Trainer) -> bool:
+        step = trainer.global_step + 1
+        return step % self.every_n_steps == 0 or step == self._last_step
+
+    def _hook(self, name: str) -> Any:
+        def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, MixCoefficients)
+            if name not in self._captured:  # not again for further views, nor when a checkpointed block is recomputed
+                self._captured[name] = capture(module, arguments[-1])
+
+        return see
+
+    def _scalars(self) -> dict[str, float]:
+        """All scalars of the captured mixes, brought from the device in one transfer."""
+        tags: list[str] = []
+        parts: list[Tensor] = []
+        for layer, seen in self._captured.items():
+            module = self._mixes[layer]
+            if module.entry_axes == 1:
+                tags += [f"mixing/{layer}/alpha/{entry}" for entry in module.entries]
+                parts.append(seen.alpha)
+            if seen.gates is None or module.gate is None:
+                continue
+            if module.entry_axes == 1:
+                tags += [f"mixing/{layer}/{what}/{entry}" for what in ("mean", "std") for entry in module.entries]
+                parts += [seen.coefficients.mean(0), seen.coefficients.std(0, correction=0)]
+            tags += [f"mixing/{layer}/gate_entropy", f"mixing/{layer}/gate_saturation"]
+            parts.append(torch.stack([gate_entropy(seen.gates, module.gate), gate_saturation(seen.gates, module.gate)]))
+        values = torch.cat([part.double() for part in parts]).tolist() if parts else []
+        return dict(zip(tags, values, strict=True))
+
+    def _publish(self, trainer: L.Trainer) -> None:
+        step = trainer.global_step
+        curves = [_curve(name, self._mixes[name], seen) for name, seen in self._captured.items() if self._single(name)]
+        maps = [
+            _pair_map(name, self._mixes[name], seen) for name, seen in self._captured.items() if not self._single(name)
+        ]
+        if curves:
+            picture = draw_curves(curves, _points(), f"Σ c_k σ_k(u) after {step} steps")
+            self._send(trainer, picture, "curves")
+        if maps:
+            self._send(trainer, draw_pair_maps(maps, f"c_kl of σ_k(gate) · σ_l(up) after {step} steps"), "pairs")
+
+    def _single(self, name: str) -> bool:
+        return self._mixes[name].entry_axes == 1
+
+    def _send(self, trainer: L.Trainer, picture: Picture, name: str) -> None:
+        folder = None if self._run_dir is None else self._run_dir / "pictures"
+        file = None if folder is None else folder / f"mixing-{name}-step{trainer.global_step:06d}.png"
+        publish(picture, f"mixing/{name}", tensorboard_step(trainer), tensorboard_writer(trainer), file)
+        if folder is not None:
+            keep_latest(folder, f"mixing-{name}", FILES_KEPT)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")  # module.compile(), torch.compile
+
+
+def _points() -> np.ndarray:
+    return np.linspace(-CURVE_RANGE, CURVE_RANGE, CURVE_POINTS)
+
+
+def _curve(name: str, module: MixCoefficients, seen: Capture) -> Curve:
+    u = torch.from_numpy(_points())
+    values = torch.stack([pointwise(entry).function(u) for entry in module.entries]).numpy()  # (K, P)
+    rows = seen.coefficients[:: -(-seen.coefficients.shape[0] // CURVE_TOKENS)]
+    tokens = rows.double().cpu().numpy() @ values  # (N, P)
+    low, high = np.quantile(tokens, (0.1, 0.9), axis=0)
+    return Curve(name, tokens.mean(0), low, high, start_coefficients(module) @ values)
+
+
+def _pair_map(name: str, module: MixCoefficients, seen: Capture) -> PairMap:
+    mean = seen.coefficients.double().mean(0).reshape(module.base.shape).cpu().numpy()
+    start = (module.start[0], module.start[1]) if module.init == "identity" else None
+    return PairMap(name, mean, module.entries, start)

@@ -1,0 +1,108 @@
+"""What a grid shows while it runs: a line per event and, on a terminal, a live bar with the runs under way."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from moa_lightning.experiments.grid import Run
+
+
+def duration(seconds: float) -> str:
+    """0:42, 12:05, 1:02:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@dataclass
+class Progress:
+    """Counts events of a grid and tells about them; use as a context manager around the runs."""
+
+    waiting: list[Run]  # in the order in which they will start
+    jobs: int
+    console: Console
+    clock: Callable[[], float] = time.monotonic
+    under_way: dict[Run, float] = field(default_factory=dict)  # when each began
+    spent: dict[str, list[float]] = field(default_factory=dict)  # seconds of the ended runs, by task
+    ended: int = 0
+
+    def __post_init__(self) -> None:
+        self.total = len(self.waiting)
+        self.began = self.clock()
+        self.live = Live(get_renderable=self._panel, console=self.console, transient=True, refresh_per_second=2)
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_interactive:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.stop()
+
+    def started(self, run: Run, resumed: bool) -> None:
+        self.waiting.remove(run)
+        self.under_way[run] = self.clock()
+        if not self.live.is_started:
+            self._say(f"{run.name} {'continues' if resumed else 'starts'}")
+
+    def done(self, run: Run, failure: str | None) -> None:
+        """A run has ended; `failure` says why where it did not finish."""
+        seconds = self.clock() - self.under_way.pop(run)
+        self.ended += 1
+        if failure is None:
+            self.spent.setdefault(run.task, []).append(seconds)
+        self._say(f"{run.name} " + (f"FAILED: {failure}" if failure else f"finished in {duration(seconds)}"))
+
+    def remaining(self) -> float | None:
+        """Seconds left, from the mean run of the same task (else of all tasks); None before a run has finished."""
+        if not self.spent:
+            return None
+        overall = fmean(seconds for task in self.spent.values() for seconds in task)
+        expected = {run: fmean(self.spent.get(run.task, [overall])) for run in (*self.waiting, *self.under_way)}
+        now = self.clock()
+        left = [max(0.0, expected[run] - (now - began)) for run, began in self.under_way.items()]
+        busy = max(1, min(self.jobs, len(left) + len(self.waiting)))
+        return max((sum(left) + sum(expected[run] for run in self.waiting)) / busy, max(left, default=0.0))
+
+    def _summary(self) -> str:
+        left = self.remaining()
+        rest = f", about {duration(left)} left" if left is not None and self.ended < self.total else ""
+        return f"{duration(self.clock() - self.began)} elapsed{rest}"
+
+    def _say(self, event: str) -> None:
+        line = f"[{self.ended}/{self.total}] {event} ({self._summary()})"
+        self.console.print(Text(line), soft_wrap=True)
+
+    def _panel(self) -> RenderableType:
+        bar = Table.grid(padding=(0, 2))
+        bar.add_row(
+            ProgressBar(self.total, self.ended, width=30), f"{self.ended} of {self.total} runs", self._summary()
+        )
+        rows = Table.grid(padding=(0, 2))
+        for run, began in self.under_way.items():
+            goal = dict(run.options).get("trainer.max_steps")
+            steps = f"step {last_step(run.folder)}" + (f" of {goal}" if goal else "")
+            rows.add_row(f"  {run.name}", steps, duration(self.clock() - began))
+        return Group(bar, rows)
+
+
+def last_step(folder: Path) -> int:
+    """The step of the last line in a run's metrics.csv, 0 before there is one."""
+    try:
+        with (folder / "metrics.csv").open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 4096))
+            return int(file.read().splitlines()[-1].split(b",")[0])
+    except (OSError, IndexError, ValueError):  # no file yet, only the header, half a line
+        return 0

@@ -1,0 +1,172 @@
+"""What a run's folder says: not begun, to be continued, finished, or made by something else.
+
+The grid keeps no list of its own. Each folder carries `run.json` (the fingerprint of the run, written before it
+starts) and, once finished, the `result.json` of `moa fit`; so a grid that was killed anywhere knows where it stands,
+and a run under another configuration is noticed and never mixed in.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from moa_lightning.errors import UserError
+from moa_lightning.experiments.grid import Grid, Run
+
+LOCK_PATIENCE_SECONDS = 10.0  # runs of a killed grid need a moment to end
+
+
+class State(StrEnum):
+    NEW = "to run"
+    RESUME = "to continue"
+    FINISHED = "finished"
+    CHANGED = "changed"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The `result.json` of a finished run."""
+
+    metrics: dict[str, float]
+    parameters: int
+    steps: int
+    samples: int
+    tokens: int | None
+    seconds: float  # training time
+
+
+def state_of(run: Run) -> State:
+    """Where a run stands, from its folder alone."""
+    if not run.folder.is_dir() or not any(run.folder.iterdir()):
+        return State.NEW
+    if not _record(run).is_file():
+        raise UserError(f"{run.folder} holds files that no grid wrote: choose another `out`, or move them away.")
+    if differences(run):
+        return State.CHANGED
+    if (run.folder / "result.json").is_file():
+        return State.FINISHED
+    return State.RESUME if (run.folder / "checkpoints" / "last.ckpt").exists() else State.NEW
+
+
+def differences(run: Run) -> list[str]:
+    """The parts (config files, options) in which the stored fingerprint differs from the present one."""
+    stored = _read_json(_record(run)).get("fingerprint", {})
+    present = run.fingerprint()
+    return sorted(part for part in {*stored, *present} if stored.get(part) != present.get(part))
+
+
+def survey(grid: Grid, allow_changed: bool = False) -> dict[Run, State]:
+    """The state of every run; UserError for changed runs unless allowed, and for results without the grid's metric."""
+    states = [(run, state_of(run)) for run in grid.runs()]
+    changed = [run for run, state in states if state is State.CHANGED]
+    if changed and not allow_changed:
+        parts = ", ".join(differences(changed[0]))
+        raise UserError(
+            f"{len(changed)} of {len(states)} runs in {grid.out} were made with another configuration (first: "
+            f"{changed[0].name}, different in {parts}): choose another `out`, or pass --restart-changed to repeat them."
+        )
+    for run, state in states:
+        if state is State.FINISHED:
+            check_metric(grid, run)
+    return dict(states)
+
+
+def check_metric(grid: Grid, run: Run) -> float:
+    """The declared metric of a finished run; UserError where the result does not hold it."""
+    metric = next(task.metric for task in grid.tasks if task.name == run.task)
+    metrics = read_result(run).metrics
+    if metric not in metrics:
+        raise UserError(
+            f"{run.name} reports no {metric}, the metric of task {run.task}: choose from {', '.join(sorted(metrics))}."
+        )
+    return metrics[metric]
+
+
+def read_result(run: Run) -> Result:
+    """The result of a finished run; UserError where the file is damaged."""
+    path = run.folder / "result.json"
+    raw = _read_json(path)
+    try:
+        metrics = {name: math.nan if value is None else float(value) for name, value in raw["metrics"].items()}
+        rest = {key: raw[key] for key in ("parameters", "steps", "samples", "tokens")}
+        return Result(metrics, seconds=float(raw["seconds"]), **rest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a result of moa fit ({error!r}): delete the folder to repeat the run."
+        ) from error
+
+
+def prepare(run: Run, resume: bool) -> None:
+    """Make the folder ready: as it is for a continuation, else empty but for the fingerprint."""
+    if resume:
+        return
+    if run.folder.exists():
+        discarded = run.folder.with_name(f".discarded-{run.folder.name}")
+        shutil.rmtree(discarded, ignore_errors=True)
+        run.folder.rename(discarded)  # first, so that a kill while deleting leaves no half-empty run
+        shutil.rmtree(discarded)
+    run.folder.mkdir(parents=True)
+    record = {"fingerprint": run.fingerprint(), "command": ["moa", *run.arguments()]}
+    draft = run.folder.with_name(f".{run.folder.name}.json")
+    draft.write_text(json.dumps(record, indent=1))
+    os.replace(draft, _record(run))
+
+
+def lock(out: Path) -> int:
+    """Claim a grid's folder; returns a descriptor that holds the claim until closed.
+
+    Each run shares the claim (`share_lock`), so a folder stays taken while runs of a killed grid are still ending.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    give_up = time.monotonic() + LOCK_PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                os.close(descriptor)
+                raise UserError(
+                    f"another `moa ablate` is at work in {out}: wait for it or choose another `out`."
+                ) from None
+            time.sleep(0.1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            return descriptor
+
+
+def share_lock(out: Path) -> int:
+    """Keep a grid's folder claimed from within a run."""
+    descriptor = os.open(out / ".lock", os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, for the one-line report of a failure."""
+    if not log.is_file():
+        return "no log was written"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 8192))
+        lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "the log is empty")
+
+
+def _record(run: Run) -> Path:
+    return run.folder / "run.json"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): delete the folder to repeat the run.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no `key: value` pairs: delete the folder to repeat the run.")
+    return raw

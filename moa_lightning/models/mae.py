@@ -1,0 +1,143 @@
+"""A masked autoencoder on any timm ViT that can leave patches out (He et al., arXiv 2111.06377).
+
+The encoder sees the visible patches only; a narrow decoder of timm blocks gets their codes and a learned token in every
+masked place and predicts pixels. Both have fixed sine-cosine positions (a rotary encoder keeps its own besides).
+Masks come from noise that the caller gives: the patches with the smallest noise stay.
+"""
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..feedforward import FFNConfig
+from ..inject import inject
+from ..losses.mae import patchify
+from .init import initialize, mae_rule
+from .vit import build_vit, make_maskable, pooled, sincos_positions, vit_flops
+
+
+def random_mask(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Which patches to keep, from noise (B, N).
+
+    Returns:
+        kept: int64 (B, n) ids of the n = int(N · (1 - mask_ratio)) patches with the smallest noise, in that order.
+        mask: (B, N), 1 where a patch is removed, in noise's dtype.
+        restore: int64 (B, N), position of each patch in the order of the noise.
+    """
+    length = noise.shape[1]
+    keep = int(length * (1 - mask_ratio))
+    order = noise.argsort(dim=1)
+    restore = order.argsort(dim=1)
+    return order[:, :keep], (restore >= keep).to(noise.dtype), restore
+
+
+class Decoder(nn.Module):
+    """Predicts the pixels of all patches from the codes of the visible ones: (B, n, D), (B, N) -> (B, N, pixels)."""
+
+    def __init__(self, in_dim: int, dim: int, depth: int, heads: int, grid: tuple[int, int], pixels: int) -> None:
+        super().__init__()
+        self.embed_dim = dim
+        self.embed = nn.Linear(in_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("positions", sincos_positions(dim, *grid)[None], persistent=False)
+        self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.pred = nn.Linear(dim, pixels)
+
+    def forward(self, prefix: Tensor, patches: Tensor, restore: Tensor) -> Tensor:
+        prefix, patches = self.embed(prefix), self.embed(patches)
+        batch, kept, dim = patches.shape
+        masked = self.mask_token.to(patches.dtype).expand(batch, restore.shape[1] - kept, -1)
+        x = torch.cat([patches, masked], dim=1).gather(1, restore[:, :, None].expand(-1, -1, dim))
+        x = torch.cat([prefix, x + self.positions.to(x.dtype)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x))[:, prefix.shape[1] :]
+
+
+class MaskedAutoencoder(nn.Module):
+    """Images (B, C, H, W) and noise (B, N) -> predicted patches (B, N, p²·C) and mask (B, N), 1 = removed.
+
+    Args:
+        backbone: timm model name.
+        backbone_args: options for timm (embed_dim, depth, num_heads, patch_size, ...).
+        ffn, decoder_ffn: feed-forward layers of encoder and decoder.
+        image_size: pixels; a multiple of the patch size.
+        mask_ratio: share of patches removed.
+        decoder_dim, decoder_depth, decoder_heads: size of the decoder.
+        seed: initial weights are a function of (seed, parameter name).
+
+    Raises:
+        UserError: the backbone cannot leave patches out, or the mask leaves none or all.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        backbone_args: dict[str, Any],
+        ffn: FFNConfig,
+        decoder_ffn: FFNConfig,
+        image_size: int,
+        channels: int,
+        mask_ratio: float = 0.75,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.encoder = build_vit(backbone, ffn, image_size, channels, seed, global_pool="", **backbone_args)
+        self.selector = make_maskable(self.encoder, backbone)
+        self.mask_ratio = mask_ratio
+        self.patch_size = int(self.encoder.patch_embed.patch_size[0])
+        grid = tuple(self.encoder.patch_embed.grid_size)
+        self.num_patches = grid[0] * grid[1]
+        if not 0 < int(self.num_patches * (1 - mask_ratio)) < self.num_patches:
+            raise UserError(f"mask_ratio {mask_ratio} leaves none or all of {self.num_patches} patches")
+        if decoder_dim % decoder_heads:
+            raise UserError(f"decoder_dim {decoder_dim} must be a multiple of decoder_heads {decoder_heads}")
+        self._fix_positions(grid)
+        pixels = self.patch_size**2 * channels
+        self.decoder = Decoder(
+            int(self.encoder.embed_dim), decoder_dim, decoder_depth, decoder_heads, grid, pixels
+        )
+        inject(self.decoder, decoder_ffn, seed=seed)
+        initialize(self, seed, mae_rule)
+
+    def _fix_positions(self, grid: tuple[int, int]) -> None:
+        positions = getattr(self.encoder, "pos_embed", None)
+        if positions is not None:
+            prefix = positions.shape[1] - self.num_patches
+            positions.requires_grad_(False)
+            positions.data.copy_(sincos_positions(positions.shape[2], *grid, prefix=prefix)[None])
+
+    def encode(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Output tokens (B, prefix + n, D) for the patches `ids` (B, n), or for all of them."""
+        if ids is None:
+            return self.encoder.forward_features(images)
+        with self.selector.keeping(ids):
+            return self.encoder.forward_features(images)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        kept, mask, restore = random_mask(noise, self.mask_ratio)
+        tokens = self.encode(images, kept)
+        prefix = self.selector.num_prefix_tokens
+        return self.decoder(tokens[:, :prefix], tokens[:, prefix:], restore), mask
+
+    def features(self, images: Tensor) -> Tensor:
+        """One vector an image (B, D): the mean of the output patches."""
+        return pooled(self.encoder, self.encode(images))
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> patches (B, N, p²·C)."""
+        return patchify(images, self.patch_size)
+
+    def flops_per_image(self) -> float:
+        """Matrix-product FLOPs of one forward pass for one image."""
+        prefix = self.selector.num_prefix_tokens
+        kept = int(self.num_patches * (1 - self.mask_ratio))
+        embed = 2.0 * self.encoder.patch_embed.proj.weight.numel() * self.num_patches
+        return embed + vit_flops(self.encoder, prefix + kept) + vit_flops(self.decoder, prefix + self.num_patches)

@@ -1,0 +1,117 @@
+"""timm vision transformers as encoders: built by name, with the feed-forward layers swapped, optionally on a subset of
+patches. timm's own forward pass is used throughout, so whatever a model does with class tokens, registers or rotary
+positions stays its business."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..feedforward import FFNConfig
+from ..inject import inject
+
+
+def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: int, **options: Any) -> nn.Module:
+    """A timm vision transformer without a classifier, its feed-forward layers replaced as `ffn` says.
+
+    Args:
+        name: timm model name, such as vit_small_patch16_224.
+        image_size: height and width in pixels.
+        options: passed to timm.create_model (embed_dim, depth, num_heads, patch_size, drop_path_rate, ...).
+
+    Raises:
+        UserError: unknown name, an option that the model does not take, nothing to swap.
+    """
+    if not timm.is_model(name):
+        similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise UserError(f"unknown timm model '{name}'" + (f"; similar names: {similar}" if similar else ""))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            net = timm.create_model(
+                name, pretrained=False, num_classes=0, img_size=image_size, in_chans=channels, **options
+            )
+        except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(f"timm cannot build '{name}' with img_size={image_size}, {options}: {error}") from error
+    inject(net, ffn, seed=seed)
+    return net
+
+
+class PatchSelector(nn.Module):
+    """Takes the place of a timm ViT's `patch_drop`: keeps the named patches, or all when none are named.
+
+    Input (B, prefix + N, D) -> (B, prefix + kept, D); with `return_indices` (x, ids), which timm's rotary models use to
+    pick the matching positions.
+    """
+
+    def __init__(self, num_prefix_tokens: int, return_indices: bool) -> None:
+        super().__init__()
+        self.num_prefix_tokens, self.return_indices = num_prefix_tokens, return_indices
+        self.ids: Tensor | None = None  # (B, kept), set by `keeping`
+
+    @contextmanager
+    def keeping(self, ids: Tensor) -> Iterator[None]:
+        """Keep patches `ids` int64 (B, kept) during the block."""
+        self.ids = ids
+        try:
+            yield
+        finally:
+            self.ids = None
+
+    def forward(self, x: Tensor) -> Any:
+        if self.ids is not None:
+            prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+            patches = patches.gather(1, self.ids[:, :, None].expand(-1, -1, x.shape[-1]))
+            x = torch.cat([prefix, patches], dim=1)
+        return (x, self.ids) if self.return_indices else x
+
+
+def make_maskable(net: nn.Module, name: str) -> PatchSelector:
+    """Give a timm ViT a PatchSelector; UserError for models whose forward pass cannot leave patches out."""
+    if not hasattr(net, "patch_drop") or not hasattr(net, "num_prefix_tokens"):
+        raise UserError(
+            f"'{name}' cannot leave out masked patches (window attention or relative position biases); "
+            "use a plain timm ViT, DeiT-III, EVA-02, DINOv2 or DINOv3 model"
+        )
+    returns_indices = "keep_indices" in inspect.getsource(type(net).forward_features)
+    net.patch_drop = selector = PatchSelector(int(net.num_prefix_tokens), returns_indices)
+    return selector
+
+
+def sincos_positions(dim: int, height: int, width: int, prefix: int = 0) -> Tensor:
+    """Fixed sine-cosine positions of a grid as in MAE, float32 (prefix + height·width, dim), zero for prefix tokens.
+
+    The first half of the channels encodes the column, the second the row, each as sines then cosines with frequencies
+    10000^(-4i/dim).
+
+    Raises:
+        UserError: dim is not a multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"sine-cosine positions need a width that is a multiple of 4, not {dim}")
+    frequencies = 10_000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+    )
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(prefix, dim, dtype=torch.float64), table]).float()
+
+
+def pooled(net: nn.Module, tokens: Tensor) -> Tensor:
+    """One vector an image from a ViT's output tokens (B, prefix + N, D) -> (B, D): the mean over patches."""
+    return tokens[:, int(net.num_prefix_tokens) :].mean(1)
+
+
+def vit_flops(net: nn.Module, tokens: int, attended: int | None = None) -> float:
+    """Matrix-product FLOPs of one forward pass of transformer blocks over `tokens` tokens (attention over `attended`):
+    2 per weight of every linear layer and token, and 4·D per token pair."""
+    linear = sum(module.weight.numel() for module in net.modules() if isinstance(module, nn.Linear))
+    blocks = net.blocks if isinstance(net.blocks, nn.Module) else []
+    depth = len(list(blocks))
+    return 2.0 * linear * tokens + 4.0 * depth * int(net.embed_dim) * tokens * (attended or tokens)

@@ -1,0 +1,8 @@
+"""One LightningModule per task: the objective, wired from parts of moa_lightning."""
+
+from .base import Task
+from .dino import DINO
+from .language_modeling import LanguageModeling
+from .mae import MAE
+
+__all__ = ["DINO", "MAE", "LanguageModeling", "Task"]

@@ -1,0 +1,110 @@
+"""What all tasks share: where the net is built and placed, the optimiser, and what a checkpoint says about the task.
+
+The net is built in `configure_model`, so that strategies can shard it. Sizes that belong to the data (vocabulary, image
+size, channels) may be left open: they are then taken from the data module and written into the checkpoint's
+hyper-parameters, so that a checkpoint can be loaded without it.
+"""
+
+import os
+from dataclasses import asdict, is_dataclass
+from typing import Any, TypeVar
+
+import lightning as L
+from torch import Tensor, nn
+
+from moa_lightning.optim import OptimizerConfig, build_optimizer
+from moa_lightning.parallel import FSDPStrategy, compile_blocks, shard
+
+Config = TypeVar("Config")
+
+
+def as_config(kind: type[Config], value: Any) -> Config:
+    """A config dataclass from itself or from plain values, as checkpoints hold them."""
+    return value if isinstance(value, kind) else kind(**value)
+
+
+class Task(L.LightningModule):
+    """Base of the tasks. Subclasses give `build`, `training_step` and the evaluation.
+
+    Args:
+        optimizer: AdamW and its schedule.
+        seed: initial weights are a function of (seed, parameter name); None: the run's seed (--seed_everything).
+        compile: compile each transformer block (pays off in runs of more than a few minutes).
+    """
+
+    forward_methods: tuple[str, ...] = ("features",)
+
+    def __init__(self, optimizer: OptimizerConfig, seed: int | None, compile: bool) -> None:
+        super().__init__()
+        self.optimizer_config = as_config(OptimizerConfig, optimizer)
+        self.seed = seed
+        self.compile_net = compile
+        self.net: Any = None
+
+    def keep_hyperparameters(self, **values: Any) -> None:
+        """Store constructor arguments as plain values, which checkpoints can hold without running code."""
+        self.save_hyperparameters({name: _plain(value) for name, value in values.items()})
+
+    def from_data(self, name: str) -> Any:
+        """The value of an argument that was left open: the data module's attribute of that name."""
+        value = self.hparams[name]
+        if value is None:
+            value = getattr(self.trainer.datamodule, name)  # type: ignore[attr-defined]
+            self.hparams[name] = value
+        return value
+
+    def build(self, seed: int) -> nn.Module:
+        """The net with its initial weights."""
+        raise TypeError(f"{type(self).__name__} does not say how its net is built")
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        if self.seed is None:
+            self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
+        self.net = self.build(self.seed)
+        if self.compile_net:
+            compile_blocks(self.net)
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
+            assert self.device_mesh is not None
+            shard(self.net, self.device_mesh["data_parallel"], self.forward_methods)
+
+    def configure_optimizers(self) -> Any:
+        return build_optimizer(self.net, self.optimizer_config, self.total_steps)
+
+    @property
+    def total_steps(self) -> int:
+        return int(self.trainer.estimated_stepping_batches)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's optimiser steps already taken."""
+        return self.global_step / max(1, self.total_steps)
+
+    def samples_per_batch(self, batch: dict[str, Any]) -> int:
+        """Samples in this process's batch."""
+        return len(batch["id"])
+
+    def tokens_per_batch(self, batch: dict[str, Any]) -> int | None:
+        """Tokens in this process's batch; None where the task does not count in tokens."""
+        return None
+
+    def flops_per_sample(self) -> float:
+        """Matrix-product FLOPs of forward and backward for one sample (backward counted as twice the forward)."""
+        raise TypeError(f"{type(self).__name__} does not know its FLOPs")
+
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Pictures (3, H, W) in [0, 1] of what the net does with one validation batch."""
+        return {}
+
+    def texts(self) -> dict[str, str]:
+        """Texts that show what the net does."""
+        return {}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(item) for key, item in asdict(value).items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,170 @@
+"""Self-distillation without labels (Caron et al., arXiv 2104.14294): a student learns to predict, from any crop, what an
+averaged teacher says of another."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from moa_lightning import FFNConfig
+from moa_lightning.errors import UserError
+from moa_lightning.losses import DINOLoss
+from moa_lightning.models import SelfDistillation
+from moa_lightning.models.attention import class_attention
+from moa_lightning.optim import OptimizerConfig, cosine_schedule
+
+from .base import as_config
+from .vision import SelfSupervised, picture
+
+PICTURES = 8
+
+
+class DINO(SelfSupervised):
+    """A student and an averaged teacher on a timm ViT.
+
+    Args:
+        backbone: timm model name.
+        backbone_args: options for timm (embed_dim, depth, num_heads, patch_size, ...).
+        ffn: feed-forward layers of student and teacher.
+        out_dim: prototypes of the head.
+        head_hidden_dim, head_bottleneck_dim: widths inside the head.
+        norm_last_layer: hold the prototypes' norms at 1.
+        drop_path_rate: of the student.
+        student_temperature: divides the student's outputs.
+        teacher_temperature: divides the teacher's outputs after its warm-up.
+        teacher_temperature_start: at the first step, rising linearly.
+        teacher_temperature_warmup: share of the run over which it rises.
+        freeze_last_layer: share of the run during which the last layer stands still.
+        teacher_momentum: weight of the old teacher at the first step; rises to 1 along a cosine.
+        center_momentum: weight of the old centre.
+        final_weight_decay: weight decay at the end of the run, reached along a cosine; None: constant.
+        optimizer: AdamW and its schedule.
+        image_size: pixels of the global crops; None: the data's.
+        channels: of the images; None: the data's.
+        seed: of the initial weights; None: the run's seed.
+        compile: compile each transformer block.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "vit_small_patch16_224",
+        backbone_args: dict[str, Any] | None = None,
+        ffn: FFNConfig = FFNConfig(),  # noqa: B008 - frozen
+        out_dim: int = 65536,
+        head_hidden_dim: int = 2048,
+        head_bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+        drop_path_rate: float = 0.1,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.07,
+        teacher_temperature_start: float = 0.04,
+        teacher_temperature_warmup: float = 0.3,
+        freeze_last_layer: float = 0.01,
+        teacher_momentum: float = 0.996,
+        center_momentum: float = 0.9,
+        final_weight_decay: float | None = 0.4,
+        optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, weight_decay=0.04),  # noqa: B008
+        image_size: int | None = None,
+        channels: int | None = None,
+        seed: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(optimizer, seed, compile)
+        self.ffn = as_config(FFNConfig, ffn)
+        self.keep_hyperparameters(
+            backbone=backbone,
+            backbone_args=backbone_args or {},
+            ffn=self.ffn,
+            out_dim=out_dim,
+            head_hidden_dim=head_hidden_dim,
+            head_bottleneck_dim=head_bottleneck_dim,
+            norm_last_layer=norm_last_layer,
+            drop_path_rate=drop_path_rate,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            teacher_temperature_start=teacher_temperature_start,
+            teacher_temperature_warmup=teacher_temperature_warmup,
+            freeze_last_layer=freeze_last_layer,
+            teacher_momentum=teacher_momentum,
+            center_momentum=center_momentum,
+            final_weight_decay=final_weight_decay,
+            optimizer=self.optimizer_config,
+            image_size=image_size,
+            channels=channels,
+            seed=seed,
+            compile=compile,
+        )
+        self.loss = DINOLoss(out_dim, student_temperature, center_momentum)
+        self.view_sizes: list[int] = []
+
+    def build(self, seed: int) -> nn.Module:
+        h = self.hparams
+        return SelfDistillation(
+            h["backbone"],
+            h["backbone_args"],
+            self.ffn,
+            self.from_data("image_size"),
+            self.from_data("channels"),
+            h["out_dim"],
+            h["head_hidden_dim"],
+            h["head_bottleneck_dim"],
+            h["norm_last_layer"],
+            h["drop_path_rate"],
+            seed,
+        )
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        if len(batch["views"]) < 2:
+            raise UserError("DINO needs at least two views of an image: set data.init_args.transform to MultiCrop")
+        self.view_sizes = [view.shape[-1] for view in batch["views"]]
+        student, teacher = self.net(batch["views"])
+        loss, entropy = self.loss(student, teacher, self.teacher_temperature())
+        self.loss.update_center(teacher)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("train/teacher_entropy", entropy / math.log(self.hparams["out_dim"]), sync_dist=True)
+        return loss
+
+    def teacher_temperature(self) -> float:
+        h = self.hparams
+        warmup = h["teacher_temperature_warmup"]
+        rise = min(1.0, self.progress / warmup) if warmup else 1.0
+        return h["teacher_temperature_start"] + rise * (h["teacher_temperature"] - h["teacher_temperature_start"])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.progress < self.hparams["freeze_last_layer"]:
+            for parameter in self.net.student.head.last_layer.parameters():
+                parameter.grad = None
+        final = self.hparams["final_weight_decay"]
+        if final is not None:
+            decay = cosine_schedule(self.optimizer_config.weight_decay, final, self.progress)
+            for group in optimizer.param_groups:
+                if group["name"] == "decay":
+                    group["weight_decay"] = decay
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        momentum = cosine_schedule(self.hparams["teacher_momentum"], 1.0, self.progress)
+        super().optimizer_step(*args, **kwargs)
+        self.net.update_teacher(momentum)
+
+    def flops_per_sample(self) -> float:
+        return 3.0 * self.net.flops_per_image(self.view_sizes)
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Rows: the images, then where the class token of the teacher's last block attends, one row a head."""
+        images = batch["image"][:PICTURES]
+        with self.trainer.precision_plugin.forward_context():
+            attention = class_attention(self.net, images)  # (B, heads, rows, columns)
+        if attention is None:
+            return {}
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        shown = [picture(images, data.mean, data.std)]
+        size = images.shape[-2:]
+        for head in attention.float().cpu().unbind(1):
+            peak = head.amax((1, 2), keepdim=True).clamp_min(1e-12)
+            maps = F.interpolate((head / peak)[:, None], size=size, mode="nearest")
+            shown.append(maps.expand(-1, 3, -1, -1))
+        return {"attention": make_grid(torch.cat(shown), nrow=len(images), padding=1, pad_value=1.0)}

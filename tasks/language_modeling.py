@@ -1,0 +1,115 @@
+"""Next-token prediction with a GPT; held-out text is judged by loss, perplexity and bits per byte."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa_lightning import FFNConfig
+from moa_lightning.evaluation import TextMetrics
+from moa_lightning.models import GPT, GPTConfig
+from moa_lightning.optim import OptimizerConfig
+
+from .base import Task, as_config
+
+SAMPLE_TOKENS = 200
+
+
+class LanguageModeling(Task):
+    """A GPT trained to predict the next token.
+
+    Args:
+        gpt: the size of the model.
+        ffn: the feed-forward layer of every block.
+        optimizer: AdamW and its schedule.
+        vocab_size: number of token ids; None: the data's.
+        context_length: longest input in tokens; None: the data's.
+        seed: of the initial weights; None: the run's seed.
+        compile: compile each transformer block.
+    """
+
+    forward_methods = ("generate",)
+
+    def __init__(
+        self,
+        gpt: GPTConfig = GPTConfig(),  # noqa: B008 - frozen
+        ffn: FFNConfig = FFNConfig(),  # noqa: B008
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        vocab_size: int | None = None,
+        context_length: int | None = None,
+        seed: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(optimizer, seed, compile)
+        self.gpt, self.ffn = as_config(GPTConfig, gpt), as_config(FFNConfig, ffn)
+        self.keep_hyperparameters(
+            gpt=self.gpt,
+            ffn=self.ffn,
+            optimizer=self.optimizer_config,
+            vocab_size=vocab_size,
+            context_length=context_length,
+            seed=seed,
+            compile=compile,
+        )
+        self.val_metrics, self.test_metrics = TextMetrics(), TextMetrics()
+
+    def build(self, seed: int) -> nn.Module:
+        return GPT(self.gpt, self.ffn, self.from_data("vocab_size"), self.from_data("context_length"), seed)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 (B, T) -> logits (B, T, vocab_size)."""
+        return self.net(tokens)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        loss = self._nll(batch).sum() / (batch["targets"] >= 0).sum()
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
+
+    def _nll(self, batch: dict[str, Any]) -> Tensor:
+        """Negative log-likelihood per target in nats, float32 (B, T); 0 where the target does not count."""
+        logits = self.net(batch["tokens"]).float()
+        return F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none", ignore_index=-100)
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        self._evaluate(self.val_metrics, batch)
+
+    def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        self._evaluate(self.test_metrics, batch)
+
+    def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
+        """The mean loss in nats of each sample, with its id."""
+        counted = (batch["targets"] >= 0).sum(1)
+        return {"id": batch["id"], "loss": self._nll(batch).sum(1) / counted}
+
+    def _evaluate(self, metrics: TextMetrics, batch: dict[str, Any]) -> None:
+        token_bytes = self.trainer.datamodule.token_bytes  # type: ignore[attr-defined]
+        metrics.update(self._nll(batch), batch["targets"], token_bytes)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test", self.test_metrics)
+
+    def _report(self, split: str, metrics: TextMetrics) -> None:
+        values = metrics.compute()  # sums over all processes: every rank logs the same
+        metrics.reset()
+        for name, value in values.items():
+            self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "loss", sync_dist=True)
+
+    def tokens_per_batch(self, batch: dict[str, Any]) -> int:
+        return batch["tokens"].numel()
+
+    def flops_per_sample(self) -> float:
+        return 3.0 * self.net.flops_per_token() * self.net.context_length
+
+    @torch.no_grad()
+    def texts(self) -> dict[str, str]:
+        """A continuation of a line break, sampled at temperature 0.8 from the same seed every time."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        prompt = torch.tensor([data.encode("\n")], device=self.device)
+        generator = torch.Generator().manual_seed(0)
+        with self.trainer.precision_plugin.forward_context():
+            tokens = self.net.generate(prompt, SAMPLE_TOKENS, generator)
+        return {"sample": data.decode(tokens[0].tolist()[1:])}

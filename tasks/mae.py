@@ -1,0 +1,130 @@
+"""Masked autoencoding of images (He et al., arXiv 2111.06377): hide three quarters of the patches, predict their
+pixels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from moa_lightning import FFNConfig
+from moa_lightning.losses import masked_pixel_loss, unpatchify
+from moa_lightning.models import MaskedAutoencoder
+from moa_lightning.optim import OptimizerConfig
+from moa_lightning.random import uniform
+
+from .base import as_config
+from .vision import SelfSupervised, picture
+
+MASK_STREAM = 1  # separates the masks from other uses of a sample's seed
+PICTURES = 8
+
+
+class MAE(SelfSupervised):
+    """A masked autoencoder on a timm ViT.
+
+    Args:
+        backbone: timm model name.
+        backbone_args: options for timm (embed_dim, depth, num_heads, patch_size, ...).
+        ffn: feed-forward layers of the encoder.
+        decoder_ffn: feed-forward layers of the decoder; None: as the encoder's.
+        mask_ratio: share of patches hidden.
+        normalize_pixels: predict pixels standardised per patch.
+        decoder_dim, decoder_depth, decoder_heads: size of the decoder.
+        optimizer: AdamW and its schedule.
+        image_size: pixels; None: the data's.
+        channels: of the images; None: the data's.
+        seed: of the initial weights; None: the run's seed.
+        compile: compile each transformer block.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "vit_small_patch16_224",
+        backbone_args: dict[str, Any] | None = None,
+        ffn: FFNConfig = FFNConfig(),  # noqa: B008 - frozen
+        decoder_ffn: FFNConfig | None = None,
+        mask_ratio: float = 0.75,
+        normalize_pixels: bool = True,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        image_size: int | None = None,
+        channels: int | None = None,
+        seed: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(optimizer, seed, compile)
+        self.ffn = as_config(FFNConfig, ffn)
+        self.decoder_ffn = self.ffn if decoder_ffn is None else as_config(FFNConfig, decoder_ffn)
+        self.normalize_pixels = normalize_pixels
+        self.keep_hyperparameters(
+            backbone=backbone,
+            backbone_args=backbone_args or {},
+            ffn=self.ffn,
+            decoder_ffn=decoder_ffn if decoder_ffn is None else self.decoder_ffn,
+            mask_ratio=mask_ratio,
+            normalize_pixels=normalize_pixels,
+            decoder_dim=decoder_dim,
+            decoder_depth=decoder_depth,
+            decoder_heads=decoder_heads,
+            optimizer=self.optimizer_config,
+            image_size=image_size,
+            channels=channels,
+            seed=seed,
+            compile=compile,
+        )
+
+    def build(self, seed: int) -> nn.Module:
+        h = self.hparams
+        return MaskedAutoencoder(
+            h["backbone"],
+            h["backbone_args"],
+            self.ffn,
+            self.decoder_ffn,
+            self.from_data("image_size"),
+            self.from_data("channels"),
+            h["mask_ratio"],
+            h["decoder_dim"],
+            h["decoder_depth"],
+            h["decoder_heads"],
+            seed,
+        )
+
+    def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, predicted patches (B, N, p²·C) and mask (B, N), the mask drawn from the samples' seeds (B,)."""
+        predicted, mask = self.net(images, uniform(seeds, self.net.num_patches, MASK_STREAM))
+        target = self.net.patchify(images)
+        return masked_pixel_loss(predicted, target, mask, self.normalize_pixels), predicted, mask
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        loss, _, _ = self.reconstruct(batch["views"][0], batch["seed"])
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
+
+    def evaluate_query(self, batch: dict[str, Any], split: str) -> None:
+        loss, _, _ = self.reconstruct(batch["image"], batch["seed"])
+        size = len(batch["image"])
+        self.log(f"{split}/loss", loss, batch_size=size, sync_dist=True, add_dataloader_idx=False)
+
+    def flops_per_sample(self) -> float:
+        return 3.0 * self.net.flops_per_image()
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Rows: what the encoder sees, the reconstruction (visible patches as given), the image."""
+        images, seeds = batch["image"][:PICTURES], batch["seed"][:PICTURES]
+        with self.trainer.precision_plugin.forward_context():
+            _, predicted, mask = self.reconstruct(images, seeds)
+        target = self.net.patchify(images)
+        predicted = predicted.to(target.dtype)
+        if self.normalize_pixels:
+            deviation = (target.var(-1, keepdim=True) + 1e-6).sqrt()
+            predicted = predicted * deviation + target.mean(-1, keepdim=True)
+        hidden = mask[:, :, None].to(target.dtype)
+        rows = [target * (1 - hidden), target * (1 - hidden) + predicted * hidden, target]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        grid = self.net.encoder.patch_embed.grid_size
+        shown = [picture(unpatchify(row, self.net.patch_size, *grid), data.mean, data.std) for row in rows]
+        return {"reconstruction": make_grid(torch.cat(shown), nrow=len(images), padding=1, pad_value=1.0)}

@@ -1,0 +1,74 @@
+"""What the self-supervised vision tasks share: the k-NN accuracy of frozen features on held-out labels.
+
+The data module's evaluation loaders are [bank, query]: labelled training images to compare with, held-out images to
+classify.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_lightning.evaluation import KNNAccuracy
+
+from .base import Task
+
+BANK, QUERY = 0, 1
+
+
+class SelfSupervised(Task):
+    """Base of MAE and DINO: features of the net are judged by k-NN (k = 20, T = 0.07, as DINO evaluates)."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.knn = KNNAccuracy()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Frozen features of images (B, C, H, W) -> (B, D)."""
+        return self.net.features(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images)
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
+        self._collect(batch, dataloader_idx)
+        if dataloader_idx == QUERY:
+            self.evaluate_query(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
+        self._collect(batch, dataloader_idx)
+        if dataloader_idx == QUERY:
+            self.evaluate_query(batch, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
+        """Features (B, D) of the images, with their ids and labels."""
+        return {"id": batch["id"], "label": batch["label"], "features": self.features(batch["image"])}
+
+    def evaluate_query(self, batch: dict[str, Any], split: str) -> None:
+        """What a task measures on held-out images besides k-NN."""
+
+    def _collect(self, batch: dict[str, Any], loader: int) -> None:
+        features = self.features(batch["image"])
+        if loader == BANK:
+            self.knn.add_bank(features, batch["label"])
+        else:
+            self.knn.update(features, batch["label"])
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        accuracy = self.knn.compute()
+        self.knn.reset()
+        if not torch.isnan(accuracy):
+            self.log(f"{split}/knn_top1", accuracy, prog_bar=True, sync_dist=True)
+
+
+def picture(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Normalised images (n, C, H, W) -> (n, 3, H, W) in [0, 1] on the CPU."""
+    shape = (1, -1, 1, 1)
+    images = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    return images.clamp(0, 1).expand(-1, 3, -1, -1)

@@ -1,0 +1,126 @@
+"""`moa data`: what is written is what the source gives, complete or absent."""
+
+import pytest
+import torch
+import webdataset
+
+from data import Images, ImageShards, TextShards
+from data.documents import split_documents, stdlib_documents
+from data.text import SEPARATOR
+from data.writers import data_command, write_image_shards, write_text_shards
+from moa_lightning.errors import UserError
+
+
+def rows(labelled):
+    """Pixels and label of each image, sorted: a multiset that can be compared."""
+    return sorted((labelled.images[i].numpy().tobytes(), int(labelled.labels[i])) for i in range(len(labelled.labels)))
+
+
+def test_digits_survive_the_way_into_shards(tmp_path):
+    out = tmp_path / "digits"
+    shards = write_image_shards("mnist5k", str(out), samples_per_shard=1500)
+    assert {split: len(paths) for split, paths in shards.items()} == {"train": 3, "val": 1, "test": 1}
+    assert sorted(path.name for path in out.iterdir())[1:3] == ["train-000000.tar", "train-000001.tar"]
+    split = {name: str(out / f"{name}-*.tar") for name in shards}
+    module = ImageShards(**split, image_size=28, channels=1, mean=(0.1313,), std=(0.3086,))
+    module.setup()
+    originals, copies = Images().read(), module.read()
+    for name in shards:
+        assert rows(copies[name]) == rows(originals[name])
+    labels = copies["train"].labels[:1500]
+    assert torch.bincount(labels).min() > 90  # training images are shuffled: each shard holds all classes
+    first = next(
+        iter(webdataset.WebDataset(str(shards["train"][0]), shardshuffle=False, empty_check=False).decode("torchl8"))
+    )
+    assert torch.equal(torch.as_tensor(first["png"]).reshape(28, 28), copies["train"].images[0][0])
+
+
+def test_text_survives_the_way_into_shards(tmp_path):
+    shards = write_text_shards("stdlib", str(tmp_path / "text"), samples_per_shard=300)
+    module = TextShards(str(tmp_path / "text/train-*.tar"), val=str(tmp_path / "text/val-*.tar"))
+    module.setup()
+    parts = split_documents(stdlib_documents(), 0.05, 0.05)
+    source = module.splits["val"].source
+    assert source.read(0, len(source)).tobytes() == SEPARATOR.join(document.content for document in parts["val"])
+    theirs = webdataset.WebDataset([str(path) for path in shards["train"]], shardshuffle=False, empty_check=False)
+    assert sorted(sample["txt"] for sample in theirs) == sorted(document.content for document in parts["train"])
+
+
+def test_files_are_copied_as_they_are_unless_resized(class_folder, tmp_path):
+    shards = write_image_shards(str(class_folder), str(tmp_path / "a"))
+    originals = {path.read_bytes() for path in class_folder.rglob("*.*")}
+    samples = list(
+        webdataset.WebDataset([str(path) for paths in shards.values() for path in paths], shardshuffle=False)
+    )
+    assert {sample.get("jpg", sample.get("png")) for sample in samples} == originals
+    assert len(samples) == 40
+    write_image_shards(str(class_folder), str(tmp_path / "b"), image_size=12)
+    small = ImageShards(str(tmp_path / "b/train-*.tar"), image_size=12, batch_size=4)
+    small.setup()
+    assert {tuple(small.read()["train"].images[i].shape) for i in range(10)} == {(3, 12, 12)}
+
+
+def test_the_same_input_gives_the_same_bytes(class_folder, tmp_path):
+    first, second = (write_image_shards(str(class_folder), str(tmp_path / name)) for name in "ab")
+    for split, paths in first.items():
+        assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in second[split]]
+
+
+def test_a_failure_leaves_nothing_behind(class_folder, tmp_path):
+    (class_folder / "dog" / "3.JPG").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"3\.JPG"):
+        write_image_shards(str(class_folder), str(tmp_path / "out" / "shards"), image_size=12)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_with_content_is_never_written_to(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
+        data_command(["text", "--source", "stdlib", "--out", str(tmp_path / "out")])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_the_command_prints_what_it_wrote_and_how_to_use_it(class_folder, tmp_path, capsys):
+    out = tmp_path / "50% off"
+    out.mkdir()  # an empty folder may exist, and a percent sign is only a letter
+    data_command(["images", "--source", str(class_folder), "--out", str(out), "--samples_per_shard", "10"])
+    printed = capsys.readouterr().out
+    shards = sorted(path.name for path in out.glob("train-*.tar"))
+    assert len(shards) >= 2
+    assert "train" in printed
+    assert f"--data ImageShards --data.train '{out}/train-*.tar'" in printed.replace("\n", "")
+    assert "--data.image_size 224 --data.channels 3" in printed
+    assert out.stat().st_mode & 0o777 == tmp_path.joinpath("pictures").stat().st_mode & 0o777
+
+
+def test_the_command_takes_several_texts(tmp_path, capsys):
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").write_text(name * 100)
+    sources = [str(tmp_path / f"{name}.txt") for name in "abcdef"]
+    data_command(["text", "--source", *sources, "--out", str(tmp_path / "out"), "--val_fraction", "0.2"])
+    assert "--data TextShards" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["images", "--source", "nowhere", "--out", "OUT"], "neither a folder"),
+        (["text", "--source", "nowhere", "--out", "OUT"], "does not exist"),
+        (["text", "--source", "stdlib", "--out", "OUT", "--samples_per_shard", "0"], "samples_per_shard is 0"),
+        (["text", "--source", "stdlib", "--out", "OUT", "--val_fraction", "2"], "sum must stay below 1"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, argv, message):
+    argv = [str(tmp_path / "out") if word == "OUT" else word for word in argv]
+    with pytest.raises(UserError, match=message):
+        data_command(argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_arguments_it_tells_what_it_wants(capsys):
+    with pytest.raises(SystemExit) as caught:
+        data_command([])
+    assert caught.value.code == 2
+    assert "images" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""A stand-in for `moa fit` that keeps its contract (metrics.csv, last.ckpt, result.json) without training.
+
+The "loss" is a formula of step, seed and the config's `quality`, so that an interrupted and continued grid must end
+with the very numbers of an uninterrupted one. As a script it is `moa ablate` with this fit: `python fake_moa.py
+GRID.yaml ...`. Options: --steps, --step_seconds, --journal FILE (a line for each start), --fail MESSAGE, --die true,
+--silent true.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from moa_lightning.errors import UserError
+from moa_lightning.experiments.command import ablate_command
+
+METRIC_COLUMNS = ["step", "samples", "tokens", "seconds", "train/loss", "val/loss"]
+
+
+def loss(step: int, seed: int, quality: float) -> float:
+    return 4.0 / (1 + step) + 0.01 * random.Random(seed).random() - quality * (1 + 0.2 * (seed % 3))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", choices=["fit"])
+    parser.add_argument("-c", dest="configs", action="append", type=Path)
+    for option in ("--run_dir", "--journal"):
+        parser.add_argument(option, type=Path)
+    for option, kind in (("--seed_everything", int), ("--steps", int), ("--step_seconds", float)):
+        parser.add_argument(option, type=kind, default=0)
+    for option in ("--fail", "--die", "--silent", "--ckpt_path"):
+        parser.add_argument(option, default="")
+    options = parser.parse_args(arguments)
+    folder: Path = options.run_dir
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    begin = int(checkpoint.read_text()) if options.ckpt_path == "last" else 0
+    if options.journal:
+        with options.journal.open("a") as file:
+            file.write(f"{'/'.join(folder.parts[-3:])} from {begin}\n")
+    print("a first line", flush=True)
+    config: dict[str, float] = {}
+    for path in options.configs:
+        config |= yaml.safe_load(path.read_text()) or {}
+    if options.fail:
+        raise RuntimeError(options.fail)
+    if options.die:
+        os.kill(os.getpid(), signal.SIGKILL)
+    train(options, folder, checkpoint, begin, config.get("quality", 0.0))
+    metrics = {"val/loss": loss(options.steps, options.seed_everything, config.get("quality", 0.0))}
+    if not options.silent:
+        result = {"metrics": metrics, "parameters": 1000, "steps": options.steps, "samples": 8 * options.steps}
+        result |= {"tokens": None, "seconds": 0.5 * options.steps, "task": "Fake", "seed": options.seed_everything}
+        (folder / "result.json").write_text(json.dumps(result))
+    return 0
+
+
+def train(options: argparse.Namespace, folder: Path, checkpoint: Path, begin: int, quality: float) -> None:
+    checkpoint.parent.mkdir(exist_ok=True)
+    with (folder / "metrics.csv").open("a" if begin else "w", newline="") as file:
+        writer = csv.writer(file)
+        if not begin:
+            writer.writerow(METRIC_COLUMNS)
+        for step in range(begin + 1, options.steps + 1):
+            time.sleep(options.step_seconds)
+            value = loss(step, options.seed_everything, quality)
+            writer.writerow([step, 8 * step, "", 0.5 * step, value, value if step % 2 == 0 else ""])
+            file.flush()
+            draft = checkpoint.with_suffix(".draft")
+            draft.write_text(str(step))
+            os.replace(draft, checkpoint)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(ablate_command(sys.argv[1:], resolve=Path, fit=main, preload=("moa_lightning.experiments.command",)))
+    except UserError as error:
+        print(f"error: {error}")
+        sys.exit(2)

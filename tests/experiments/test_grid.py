@@ -1,0 +1,112 @@
+"""The grid file: what its runs are, and that every mistake is one sentence before anything is trained."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moa_lightning.errors import UserError
+from moa_lightning.experiments.grid import load_grid
+
+MakeGrid = Callable[..., Path]
+
+
+def find(name: str) -> Path:
+    if not Path(name).is_file():
+        raise UserError(f"no config {name}")
+    return Path(name)
+
+
+def test_runs_have_seeds_outermost_and_all_combinations(make_grid: MakeGrid) -> None:
+    names = [run.name for run in load_grid(make_grid(seeds=[4, 2]), find).runs()]
+    first = [f"{task}/{variant}/seed4" for task in ("language", "mae") for variant in ("gelu", "la", "moa")]
+    assert names == first + [name.replace("seed4", "seed2") for name in first]
+
+
+def test_command_of_a_run(make_grid: MakeGrid, tmp_path: Path) -> None:
+    options = {"trainer.max_steps": 300, "a": None, "b": True, "c": [0.9, 0.95], "d": "1e-3", "e": -1}
+    run = load_grid(make_grid(overrides=options), find).runs()[1]
+    assert run.arguments() == [
+        *("fit", "-c", f"{tmp_path}/task.yaml", "-c", f"{tmp_path}/la.yaml"),
+        *("--run_dir", f"{tmp_path}/out/language/la/seed0", "--seed_everything", "0"),
+        *("--trainer.max_steps=300", "--a=null", "--b=true", "--c=[0.9, 0.95]", "--d=1e-3", "--e=-1"),
+    ]
+    assert run.arguments(resume=True) == [*run.arguments(), "--ckpt_path", "last"]
+
+
+def test_overrides_of_a_variant_win_over_the_task_and_the_grid(make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": str(tmp_path / "task.yaml"), "metric": "m", "mode": "max", "overrides": {"b": 2, "c": 2}}
+    path = make_grid(overrides={"a": 1, "b": 1, "c": 1}, tasks={"t": task}, variants={"gelu": {"overrides": {"c": 3}}})
+    assert dict(load_grid(path, find).runs()[0].options) == {"a": "1", "b": "2", "c": "3"}
+
+
+def test_fingerprint_follows_content_not_comments_nor_place(make_grid: MakeGrid, tmp_path: Path) -> None:
+    def fingerprint(**entries: Any) -> dict[str, str]:
+        return load_grid(make_grid(**entries), find).runs()[1].fingerprint()
+
+    first = fingerprint()
+    assert fingerprint(out=str(tmp_path / "elsewhere"), jobs=1) == first
+    assert fingerprint(overrides={"steps": 7}) != first
+    path = make_grid()
+    (tmp_path / "la.yaml").write_text("# a remark\nquality:   0.1\n")
+    assert load_grid(path, find).runs()[1].fingerprint() == first
+    (tmp_path / "la.yaml").write_text("quality: 0.3\n")
+    assert load_grid(path, find).runs()[1].fingerprint() != first
+
+
+def test_name_and_folder_have_defaults(make_grid: MakeGrid) -> None:
+    path = make_grid()
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(("name:", "out:", "jobs:"))]
+    path.write_text("\n".join(lines))
+    grid = load_grid(path, find)
+    assert (grid.name, grid.out, grid.jobs) == ("grid", Path("runs/grid"), 1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"sedes": [0]}, "unknown key 'sedes'"),
+        ({"seeds": []}, "no `seeds`"),
+        ({"seeds": [0, 0]}, "repeats a seed"),
+        ({"seeds": ["a"]}, "whole numbers"),
+        ({"seeds": [True]}, "whole numbers"),
+        ({"baseline": "relu"}, "not a variant; choose one of gelu, la, moa"),
+        ({"variants": {}}, "no `variants`"),
+        ({"variants": {"gelu": {"config": ["absent.yaml"]}}}, "no config absent.yaml"),
+        ({"variants": {"gelu": {"confg": []}}}, "variant gelu: unknown key 'confg'"),
+        ({"variants": {"gelu": None, "../x": None}}, "letters, digits"),
+        ({"variants": {"gelu": None, True: None}}, "put it in quotes"),
+        ({"tasks": ["language"]}, "tasks: expected"),
+        ({"tasks": {"t": {"metric": "m", "mode": "min"}}}, "task t names no config"),
+        ({"jobs": 0}, "jobs is 0"),
+        ({"overrides": {"seed_everything": 1}}, "set by the grid"),
+    ],
+)
+def test_mistakes_are_one_sentence(make_grid: MakeGrid, entries: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words.replace("(", r"\(")) as error:
+        load_grid(make_grid(**entries), find)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("entry", "words"), [({"metric": None}, "has no metric"), ({"mode": "less"}, "min or max")])
+def test_mistakes_in_a_task(make_grid: MakeGrid, tmp_path: Path, entry: dict[str, Any], words: str) -> None:
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"} | entry
+    with pytest.raises(UserError, match=words):
+        load_grid(make_grid(tasks={"t": task}), find)
+
+
+def test_a_repeated_variant_is_noticed(make_grid: MakeGrid) -> None:
+    path = make_grid()
+    path.write_text(path.read_text().replace("variants:\n", "variants:\n  la: {}\n"))
+    with pytest.raises(UserError, match="'la' stands twice"):
+        load_grid(path, find)
+
+
+def test_broken_files_are_named(make_grid: MakeGrid, tmp_path: Path) -> None:
+    path = make_grid()
+    (tmp_path / "moa.yaml").write_text("a: [1\n")
+    with pytest.raises(UserError, match=r"moa\.yaml is not valid YAML"):
+        load_grid(path, find)
+    with pytest.raises(UserError, match=r"cannot read .*absent\.yaml"):
+        load_grid(tmp_path / "absent.yaml", find)

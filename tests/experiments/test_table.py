@@ -1,0 +1,103 @@
+"""The table: figures by hand, rounding by uncertainty, gaps where runs are missing."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Run
+from moa_lightning.experiments.state import Result, State
+from moa_lightning.experiments.table import Row, make_rows, print_table, write_tables
+
+TASK = GridTask("language", (), "val/loss", "min")
+
+
+def grid(out: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> Grid:
+    return Grid("small", out, seeds, "gelu", (TASK,), (GridVariant("moa", ()), GridVariant("gelu", ())), {}, 1)
+
+
+def results(small: Grid, losses: dict[str, list[float]]) -> dict[Run, Result]:
+    """Finished runs with these losses for the first seeds; 3 s a run and 1 s more with each seed."""
+    return {
+        run: Result({"val/loss": losses[run.variant][run.seed]}, 1_234_567, 10, 80, None, 3.0 + run.seed)
+        for run in small.runs()
+        if run.seed < len(losses[run.variant])
+    }
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Mean, difference, verdict, seeds as printed."""
+    _, _, _, mean, _, _, difference, verdict, seeds = row.cells()
+    return mean, difference, verdict, seeds
+
+
+def test_rows_by_hand(tmp_path: Path) -> None:
+    small = grid(tmp_path)
+    baseline, moa = make_rows(small, results(small, {"gelu": [1.21, 1.23, 1.25], "moa": [1.20, 1.21, 1.22]}))
+    assert baseline.variant == "gelu", "the baseline stands first"
+    assert (baseline.mean, baseline.sd) == pytest.approx((1.23, 0.02))
+    assert baseline.cells() == [
+        "language",
+        "gelu",
+        "val/loss ↓",
+        "1.230 ± 0.020",
+        "1,234,567",
+        "4",
+        "",
+        "baseline",
+        "3",
+    ]
+    # differences -0.01, -0.02, -0.03: t(0.975, 2) = 4.302653, standard error 0.01 / sqrt(3), half width 0.02484
+    assert cells(moa) == ("1.210 ± 0.010", "-0.020 [-0.045, +0.005]", "no difference shown", "3")
+
+
+def test_rounding_follows_the_spread(tmp_path: Path) -> None:
+    small = grid(tmp_path)
+    baseline, moa = make_rows(
+        small, results(small, {"gelu": [100.0, 130.0, 160.0], "moa": [1.00002, 1.00004, 1.00006]})
+    )
+    assert cells(baseline)[0] == "130 ± 30"
+    assert cells(moa)[0] == "1.000040 ± 0.000020"
+
+
+def test_missing_and_diverged_runs(tmp_path: Path) -> None:
+    small = grid(tmp_path)
+    _, none = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": []}))
+    assert cells(none) == ("nan", "", "no seed in common", "0 of 3")
+    _, one = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": [0.9]}))
+    assert cells(one) == ("0.9", "-0.1", "one seed: no interval", "1 of 3")
+    _, lost = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": [0.9, math.nan, 1.0]}))
+    assert cells(lost) == ("nan", "", "not finite on 1 of 3 seeds", "3")
+
+
+def test_files_keep_every_digit_and_list_every_run(tmp_path: Path) -> None:
+    small = grid(tmp_path, seeds=(0, 1))
+    found = results(small, {"gelu": [1 / 3, 2 / 3], "moa": [1 / 7]})
+    states = {run: State.FINISHED if run in found else State.RESUME for run in small.runs()}
+    write_tables(small, make_rows(small, found), states, found)
+    table = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert float(table[1]["difference_mean"]) == 1 / 7 - 1 / 3
+    runs = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [(run["variant"], run["seed"], run["state"]) for run in runs] == [
+        ("moa", "0", "finished"),
+        ("gelu", "0", "finished"),
+        ("moa", "1", "to continue"),
+        ("gelu", "1", "finished"),
+    ]
+    assert float(runs[1]["val/loss"]) == 1 / 3
+    markdown = (tmp_path / "table.md").read_text().splitlines()
+    assert len({line.count("|") for line in markdown if line.startswith("|")}) == 1
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_terminal_shows_figures_whole(tmp_path: Path, width: int) -> None:
+    small = grid(tmp_path)
+    console = Console(width=width, record=True, file=(tmp_path / "terminal").open("w"))
+    rows = make_rows(small, results(small, {"gelu": [1.21, 1.23, 1.25], "moa": [1.20, 1.21, 1.22]}))
+    print_table(small, rows, console)
+    text = console.export_text()
+    assert "…" not in text
+    for figure in ("1.210 ± 0.010", "1,234,567", "[-0.045,", "+0.005]"):
+        assert figure in text
