@@ -150,7 +150,8 @@ class DINO(SelfSupervised):
         self.net.update_teacher(momentum)
 
     def flops_per_sample(self) -> float:
-        return 3.0 * self.net.flops_per_image(self.view_sizes)
+        student, teacher = self.net.flops_per_image(self.view_sizes)
+        return 3.0 * student + teacher  # nothing goes back through the teacher
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -62,6 +62,15 @@ class Capture:
     """(N, K), None for LA"""
 
 
+@dataclass
+class _Pending:
+    """A picture to be drawn when the training clocks stand still: after the next validation, or when fit ends."""
+
+    step: int
+    tensorboard_step: int
+    captured: dict[str, Capture]
+
+
 def short_names(names: list[str]) -> dict[str, str]:
     """Readable names of modules: net.blocks.3.mlp.up_mix -> block03/up, decoder_blocks.0.mlp.gate_mix ->
     decoder_block00/gate. Where two would be the same, those keep their full path."""
@@ -134,6 +143,7 @@ class MixingTelemetry(L.Callback):
         self.every_n_steps = every_n_steps
         self._mixes: dict[str, MixCoefficients] = {}
         self._captured: dict[str, Capture] = {}
+        self._pending: _Pending | None = None
         self._hooks = ExitStack()
         self._run_dir: Path | None = None
 
@@ -150,6 +160,7 @@ class MixingTelemetry(L.Callback):
         names = short_names(list(learning))
         self._mixes = {names[name]: module for name, module in learning.items()}
         self._compiled = any(_is_compiled(module) for module in pl_module.modules())
+        self._captured, self._pending = {}, None
         self._last_step = trainer.estimated_stepping_batches
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -169,8 +180,15 @@ class MixingTelemetry(L.Callback):
             return
         write_scalars(writer, self._scalars(), tensorboard_step(trainer))
         if self._draw:
-            self._publish(trainer)
+            self._draw_pending(trainer)
+            self._pending = _Pending(trainer.global_step, tensorboard_step(trainer), self._captured)
         self._captured = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._draw_pending(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._draw_pending(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._hooks.close()
@@ -206,25 +224,27 @@ class MixingTelemetry(L.Callback):
         values = torch.cat([part.double() for part in parts]).tolist() if parts else []
         return dict(zip(tags, values, strict=True))
 
-    def _publish(self, trainer: L.Trainer) -> None:
-        step = trainer.global_step
-        curves = [_curve(name, self._mixes[name], seen) for name, seen in self._captured.items() if self._single(name)]
-        maps = [
-            _pair_map(name, self._mixes[name], seen) for name, seen in self._captured.items() if not self._single(name)
-        ]
+    def _draw_pending(self, trainer: L.Trainer) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        curves, maps = [], []
+        for name, seen in pending.captured.items():
+            module = self._mixes[name]
+            if module.entry_axes == 1:
+                curves.append(_curve(name, module, seen))
+            else:
+                maps.append(_pair_map(name, module, seen))
+        when = f"after {pending.step} steps"
         if curves:
-            picture = draw_curves(curves, _points(), f"Σ c_k σ_k(u) after {step} steps")
-            self._send(trainer, picture, "curves")
+            self._send(trainer, draw_curves(curves, _points(), f"Σ c_k σ_k(u) {when}"), "curves", pending)
         if maps:
-            self._send(trainer, draw_pair_maps(maps, f"c_kl of σ_k(gate) · σ_l(up) after {step} steps"), "pairs")
+            self._send(trainer, draw_pair_maps(maps, f"c_kl of σ_k(gate) · σ_l(up) {when}"), "pairs", pending)
 
-    def _single(self, name: str) -> bool:
-        return self._mixes[name].entry_axes == 1
-
-    def _send(self, trainer: L.Trainer, picture: Picture, name: str) -> None:
+    def _send(self, trainer: L.Trainer, picture: Picture, name: str, pending: _Pending) -> None:
         folder = None if self._run_dir is None else self._run_dir / "pictures"
-        file = None if folder is None else folder / f"mixing-{name}-step{trainer.global_step:06d}.png"
-        publish(picture, f"mixing/{name}", tensorboard_step(trainer), tensorboard_writer(trainer), file)
+        file = None if folder is None else folder / f"mixing-{name}-step{pending.step:06d}.png"
+        publish(picture, f"mixing/{name}", pending.tensorboard_step, tensorboard_writer(trainer), file)
         if folder is not None:
             keep_latest(folder, f"mixing-{name}", FILES_KEPT)
 

@@ -59,10 +59,13 @@ class KNNAccuracy(Metric):
 
     def compute(self) -> Tensor:
         """Percent of queries whose most voted class is theirs; NaN where bank or queries are empty."""
+        nothing = torch.tensor(float("nan"), device=self.device)
+        if not len(self.bank) or not len(self.queries):
+            return nothing
         bank, bank_labels = dim_zero_cat(self.bank), dim_zero_cat(self.bank_labels)
         queries, labels = dim_zero_cat(self.queries), dim_zero_cat(self.labels)
         if not len(bank) or not len(queries):
-            return torch.tensor(float("nan"), device=self.device)
+            return nothing
         classes = int(torch.maximum(bank_labels.max(), labels.max())) + 1
         votes = knn_votes(bank, bank_labels, queries, classes, self.k, self.temperature)
         return 100.0 * (votes.argmax(1) == labels).float().mean()

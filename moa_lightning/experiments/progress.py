@@ -90,6 +90,8 @@ class Progress:
             ProgressBar(self.total, self.ended, width=30), f"{self.ended} of {self.total} runs", self._summary()
         )
         rows = Table.grid(padding=(0, 2))
+        if not self.under_way and not self.ended:
+            rows.add_row("  loading the libraries, once for all runs")
         for run, began in self.under_way.items():
             goal = dict(run.options).get("trainer.max_steps")
             steps = f"step {last_step(run.folder)}" + (f" of {goal}" if goal else "")

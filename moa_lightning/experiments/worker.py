@@ -28,7 +28,7 @@ PRELOAD = (
     "torch.utils.tensorboard",
     "torchvision.transforms.v2",
     "timm",
-    "moa_lightning.cli",
+    "moa_lightning.lightning_cli",
     "tasks",
     "data",
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..feedforward import FFNConfig
 from .init import initialize, vision_rule
-from .vit import build_vit, vit_flops
+from .vit import blocks_flops, build_vit, is_plain
 
 
 class DINOHead(nn.Module):
@@ -34,6 +34,11 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+    def matrix_weights(self) -> int:
+        """Weights of its matrix products."""
+        layers = [m for m in self.modules() if isinstance(m, nn.Linear | CosineLinear)]
+        return sum(layer.weight.numel() for layer in layers)
 
 
 class CosineLinear(nn.Module):
@@ -103,7 +108,7 @@ class SelfDistillation(nn.Module):
         def build(drop_path: float) -> ProjectedViT:
             options = {"dynamic_img_size": True, **({"drop_path_rate": drop_path} if drop_path else {}), **backbone_args}
             vit = build_vit(backbone, ffn, image_size, channels, seed, **options)
-            if not hasattr(vit, "num_prefix_tokens"):
+            if not is_plain(vit):
                 raise UserError(f"'{backbone}' is not a plain vision transformer, which multi-crop training needs")
             head = DINOHead(int(vit.num_features), out_dim, hidden_dim, bottleneck_dim, norm_last_layer)
             return ProjectedViT(vit, head)
@@ -136,17 +141,18 @@ class SelfDistillation(nn.Module):
         """One vector an image (B, D) from the teacher's backbone, as timm pools it (class token where there is one)."""
         return self.teacher.backbone(images)
 
-    def flops_per_image(self, view_sizes: list[int]) -> float:
-        """Matrix-product FLOPs of one forward pass of student (all views) and teacher (two) for one image."""
+    def flops_per_image(self, view_sizes: list[int]) -> tuple[float, float]:
+        """Matrix-product FLOPs of one forward pass for one image: of the student (all views), the teacher (two)."""
         net = self.student.backbone
         patch = int(net.patch_embed.patch_size[0])
-        embed, head = net.patch_embed.proj.weight.numel(), sum(p.numel() for p in self.student.head.parameters())
+        embed, head = net.patch_embed.proj.weight.numel(), self.student.head.matrix_weights()
 
         def view(size: int) -> float:
             patches = (size // patch) ** 2
-            return 2.0 * embed * patches + vit_flops(net, patches + int(net.num_prefix_tokens)) + 2.0 * head
+            blocks = blocks_flops(net.blocks, int(net.embed_dim), patches + int(net.num_prefix_tokens))
+            return 2.0 * embed * patches + blocks + 2.0 * head
 
-        return sum(view(size) for size in view_sizes) + sum(view(size) for size in view_sizes[:2]) / 3
+        return sum(map(view, view_sizes)), sum(map(view, view_sizes[:2]))
 
 
 def dino_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:

@@ -16,7 +16,7 @@ from ..feedforward import FFNConfig
 from ..inject import inject
 from ..losses.mae import patchify
 from .init import initialize, mae_rule
-from .vit import build_vit, make_maskable, pooled, sincos_positions, vit_flops
+from .vit import blocks_flops, build_vit, make_maskable, pooled, sincos_positions
 
 
 def random_mask(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +137,11 @@ class MaskedAutoencoder(nn.Module):
 
     def flops_per_image(self) -> float:
         """Matrix-product FLOPs of one forward pass for one image."""
-        prefix = self.selector.num_prefix_tokens
-        kept = int(self.num_patches * (1 - self.mask_ratio))
-        embed = 2.0 * self.encoder.patch_embed.proj.weight.numel() * self.num_patches
-        return embed + vit_flops(self.encoder, prefix + kept) + vit_flops(self.decoder, prefix + self.num_patches)
+        encoder, decoder = self.encoder, self.decoder
+        seen = self.selector.num_prefix_tokens + int(self.num_patches * (1 - self.mask_ratio))
+        tokens = self.selector.num_prefix_tokens + self.num_patches
+        patches = 2.0 * encoder.patch_embed.proj.weight.numel() * self.num_patches
+        encoding = blocks_flops(encoder.blocks, int(encoder.embed_dim), seen)
+        decoding = blocks_flops(decoder.blocks, decoder.embed_dim, tokens)
+        ends = 2.0 * (decoder.embed.weight.numel() * seen + decoder.pred.weight.numel() * tokens)
+        return patches + encoding + decoding + ends

@@ -2,18 +2,20 @@
 patches. timm's own forward pass is used throughout, so whatever a model does with class tokens, registers or rotary
 positions stays its business."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..feedforward import FFNConfig
 from ..inject import inject
+from ..mixing import MixCoefficients
 
 
 def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: int, **options: Any) -> nn.Module:
@@ -45,8 +47,8 @@ def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: i
 class PatchSelector(nn.Module):
     """Takes the place of a timm ViT's `patch_drop`: keeps the named patches, or all when none are named.
 
-    Input (B, prefix + N, D) -> (B, prefix + kept, D); with `return_indices` (x, ids), which timm's rotary models use to
-    pick the matching positions.
+    Input (B, prefix + N, D) -> (B, prefix + kept, D); with `return_indices` (x, ids), from which timm's EVA class, the
+    home of its rotary models, picks the matching positions.
     """
 
     def __init__(self, num_prefix_tokens: int, return_indices: bool) -> None:
@@ -73,14 +75,18 @@ class PatchSelector(nn.Module):
 
 def make_maskable(net: nn.Module, name: str) -> PatchSelector:
     """Give a timm ViT a PatchSelector; UserError for models whose forward pass cannot leave patches out."""
-    if not hasattr(net, "patch_drop") or not hasattr(net, "num_prefix_tokens"):
+    if not hasattr(net, "patch_drop") or not is_plain(net):
         raise UserError(
-            f"'{name}' cannot leave out masked patches (window attention or relative position biases); "
-            "use a plain timm ViT, DeiT-III, EVA-02, DINOv2 or DINOv3 model"
+            f"'{name}' cannot leave out masked patches (window attention, relative position biases or a convolutional "
+            "stem); use a plain timm ViT, DeiT-III, EVA-02, DINOv2 or DINOv3 model"
         )
-    returns_indices = "keep_indices" in inspect.getsource(type(net).forward_features)
-    net.patch_drop = selector = PatchSelector(int(net.num_prefix_tokens), returns_indices)
+    net.patch_drop = selector = PatchSelector(int(net.num_prefix_tokens), return_indices=isinstance(net, Eva))
     return selector
+
+
+def is_plain(net: nn.Module) -> bool:
+    """Whether a timm net turns separate patches into one sequence of tokens, as a plain vision transformer does."""
+    return hasattr(net, "num_prefix_tokens") and isinstance(getattr(net, "patch_embed", None), PatchEmbed)
 
 
 def sincos_positions(dim: int, height: int, width: int, prefix: int = 0) -> Tensor:
@@ -108,10 +114,13 @@ def pooled(net: nn.Module, tokens: Tensor) -> Tensor:
     return tokens[:, int(net.num_prefix_tokens) :].mean(1)
 
 
-def vit_flops(net: nn.Module, tokens: int, attended: int | None = None) -> float:
-    """Matrix-product FLOPs of one forward pass of transformer blocks over `tokens` tokens (attention over `attended`):
-    2 per weight of every linear layer and token, and 4·D per token pair."""
-    linear = sum(module.weight.numel() for module in net.modules() if isinstance(module, nn.Linear))
-    blocks = net.blocks if isinstance(net.blocks, nn.Module) else []
-    depth = len(list(blocks))
-    return 2.0 * linear * tokens + 4.0 * depth * int(net.embed_dim) * tokens * (attended or tokens)
+def blocks_flops(blocks: nn.ModuleList | nn.Sequential, dim: int, tokens: int) -> float:
+    """Matrix-product FLOPs of one forward pass of transformer blocks of width `dim` over `tokens` tokens: 2 per weight
+    of every linear layer and gate and token, 4·dim per pair of tokens."""
+    weights = 0
+    for module in blocks.modules():
+        if isinstance(module, nn.Linear):
+            weights += module.weight.numel()
+        elif isinstance(module, MixCoefficients) and module.gate_weight is not None:
+            weights += module.gate_weight.numel()
+    return 2.0 * weights * tokens + 4.0 * len(blocks) * dim * tokens**2

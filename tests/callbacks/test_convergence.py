@@ -4,11 +4,12 @@ import csv
 import json
 import math
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from moa_lightning.callbacks import Convergence
+from moa_lightning.callbacks import Convergence, Throughput
 
 from .toy import BATCH, TOKENS, ToyTask, events, fit
 
@@ -83,6 +84,14 @@ def test_accumulated_batches_all_count(tmp_path):
     assert [step for step, _ in points(tmp_path / "run", "train/loss_vs_samples")] == [6 * BATCH, 12 * BATCH]
 
 
+def test_counts_are_of_all_processes_that_see_different_data(tmp_path, fake_time, monkeypatch):
+    monkeypatch.setattr(L.Trainer, "distributed_sampler_kwargs", {"num_replicas": 3, "rank": 0})
+    fit(TimedTask(fake_time), tmp_path / "run", [Throughput(), Convergence()])
+    last = [row for row in rows(tmp_path / "run") if row["train/loss"]][-1]
+    assert (last["samples"], last["tokens"]) == (str(3 * 10 * BATCH), str(3 * 10 * BATCH * TOKENS))
+    assert float(last["perf/tokens_per_second"]) == 3 * BATCH * TOKENS / 2
+
+
 def test_result_holds_the_last_validation_and_the_counts(tmp_path, fake_time, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "17")
     task = TimedTask(fake_time, teacher=True)
@@ -154,6 +163,15 @@ def test_a_finished_run_resumed_again_keeps_its_result(tmp_path):
     assert math.isclose(after.pop("seconds"), before.pop("seconds"), abs_tol=1.0)
     assert after == before
     assert (folder / "metrics.csv").read_text() == table
+
+
+def test_a_finished_run_that_goes_on_is_no_longer_finished(tmp_path):
+    folder = tmp_path / "run"
+    fit(ToyTask(), folder, [Convergence(), checkpoints(folder)], max_steps=5)
+    assert (folder / "result.json").exists()
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(FailingTask(), folder, [Convergence()], ckpt_path=folder / "checkpoints" / "step=5.ckpt", max_steps=20)
+    assert not (folder / "result.json").exists()
 
 
 def test_training_is_the_same_without_it(tmp_path):

@@ -43,7 +43,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_two_processes_agree_with_one(tmp_path: Path):
     x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1))
     torch.save(x, tmp_path / "x.pt")

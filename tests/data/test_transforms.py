@@ -1,11 +1,13 @@
 """Views depend on (seed, epoch, sample) alone and follow the recipes."""
 
+import math
 import random
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from data import Images, MultiCrop, SingleView
 from data.transforms import RandomView, crop_box, jitter, plain_view, seeded
@@ -102,6 +104,16 @@ def test_crops_have_the_distribution_of_torchvision(height, width, scale):
     assert torch.allclose(ours.std(0), theirs.std(0), rtol=0.08, atol=1e-6)
 
 
+def test_the_ratio_of_sides_is_log_uniform():
+    torch.manual_seed(0)
+    boxes = torch.tensor([crop_box(900, 900, (0.1, 0.3), lambda: torch.rand(()).item()) for _ in range(5000)]).double()
+    log_ratio = (boxes[:, 3] / boxes[:, 2]).log()
+    half = math.log(4 / 3)
+    assert abs(log_ratio.mean()) < 5 * half / math.sqrt(3 * 5000)
+    assert abs(log_ratio.std() - half / math.sqrt(3)) < 0.005
+    assert log_ratio.abs().max() < half + 0.01
+
+
 def test_each_operation_acts_with_probability_one_and_is_absent_with_zero():
     plain = {"size": 40, "scale": (1.0, 1.0)}
     torch.manual_seed(0)
@@ -124,6 +136,14 @@ def test_jitter_stays_within_its_bounds():
     values = torch.stack([jitter(flat, lambda: torch.rand(()).item()).flatten()[0] for _ in range(300)])
     assert 60 <= values.min() < 64
     assert 136 < values.max() <= 140
+
+
+def test_jitter_applies_its_four_operations_in_the_drawn_order():
+    numbers = iter([1.0, 0.0, 0.75, 0.9, 0.4, 0.3, 0.2, 0.1])  # four amounts, then the order: last to first
+    expected = F.adjust_hue(IMAGE, 0.1 * 0.8)
+    expected = F.adjust_saturation(expected, 1.1)
+    expected = F.adjust_contrast(expected, 0.6)
+    assert torch.equal(jitter(IMAGE, numbers.__next__), F.adjust_brightness(expected, 1.4))
 
 
 def test_plain_view_resizes_the_shorter_side_and_crops_the_centre():
