@@ -1,19 +1,46 @@
-"""YAML fragments that compose: where they are found, how they merge, what `auto` resolves to.
+"""YAML fragments that compose: where they are found, how they merge, which of them said what, what `auto` resolves to.
 
 All `-c` files of a command line are merged before the parser sees them, later ones winning key by key. So their order
 matters only where two files say different things about the same key: an ffn fragment may come before the task file.
-Lists of callbacks and loggers are joined instead of replaced.
+Lists of callbacks, loggers and imports are joined instead of replaced. Which file a key came from is remembered, so
+that an error can name it.
 """
 
 import platform
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from .errors import UserError
 
-JOINED_LISTS = ("callbacks", "logger")
+JOINED_LISTS = ("callbacks", "logger", "import")
+CLASS_LEVELS = ("init_args", "dict_kwargs")  # levels of a config that options on the command line do not spell
+ARM_AND_X86 = ("x86_64", "AMD64", "aarch64")
+
+
+class Fragment(NamedTuple):
+    """One config file."""
+
+    name: str  # as the user wrote it
+    content: dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3) and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
 
 
 def resolve_config(path: str) -> Path:
@@ -33,22 +60,29 @@ def resolve_config(path: str) -> Path:
     raise UserError(f"config file '{path}' is neither in the working folder nor among the package's configs")
 
 
-def load_config(path: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds; UserError names the file and line where it is not one."""
+def load_config(path: str) -> Fragment:
+    """The mapping that a YAML file holds, empty for an empty file.
+
+    Raises:
+        UserError: no such file, no YAML (with the line), no mapping, a key that stands twice.
+    """
     file = resolve_config(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"config file '{path}'{where} is not valid YAML: {getattr(error, 'problem', error)}") from error
+        what = getattr(error, "problem", None) or str(error)
+        raise UserError(f"config file '{path}'{where} is not valid YAML: {what}") from error
+    if content is None:
+        return Fragment(path, {})
     if not isinstance(content, dict):
         raise UserError(f"config file '{path}' must hold keys and values, not {type(content).__name__}")
-    return content
+    return Fragment(path, content)
 
 
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    """Both mappings in one, key by key; `update` wins, lists of callbacks and loggers are joined."""
+    """Both mappings in one, key by key; `update` wins, lists of callbacks, loggers and imports are joined."""
     merged = dict(base)
     for key, value in update.items():
         old = merged.get(key)
@@ -61,26 +95,65 @@ def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def compose(paths: list[str]) -> dict[str, Any]:
+def compose(fragments: list[Fragment]) -> dict[str, Any]:
     """The merged content of config files."""
     merged: dict[str, Any] = {}
-    for path in paths:
-        merged = merge(merged, load_config(path))
+    for fragment in fragments:
+        merged = merge(merged, fragment.content)
     return merged
 
 
-def auto_precision() -> str:
-    """bf16-mixed where the device multiplies bfloat16 matrices in hardware, otherwise 32-true."""
+def lookup(config: dict[str, Any], key: str) -> Any:
+    """The value of a dotted option such as model.ffn.gate, whose levels `init_args` need not be spelled.
+
+    Raises:
+        KeyError: it is not there.
+    """
+    value: Any = config
+    for part in key.split("."):
+        if isinstance(value, dict) and part not in value:
+            value = next((value[level] for level in CLASS_LEVELS if part in (value.get(level) or {})), value)
+        if not isinstance(value, dict) or part not in value:
+            raise KeyError(key)
+        value = value[part]
+    return value
+
+
+def origin(fragments: list[Fragment], key: str) -> Fragment | None:
+    """The last file that gives a dotted option, the one that decides; None where none does."""
+    for fragment in reversed(fragments):
+        try:
+            lookup(fragment.content, key)
+        except KeyError:
+            continue
+        return fragment
+    return None
+
+
+def auto_precision(accelerator: str = "auto") -> tuple[str, str]:
+    """The precision that `auto` means on this machine, and why.
+
+    bf16-mixed where the device multiplies bfloat16 matrices in hardware, otherwise 32-true.
+
+    Args:
+        accelerator: the Trainer's option: auto, gpu, cuda, cpu, ...
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if cpu_has_bf16() else "32-true"
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = accelerator in ("auto", "cpu") and cpu_has_bf16()
+    device = "GPU" if on_gpu else "processor"
+    if fast:
+        return "bf16-mixed", f"this {device} multiplies bfloat16 in hardware"
+    return "32-true", f"this {device} has no bfloat16 matrix instructions"
 
 
 def cpu_has_bf16() -> bool:
     """Whether this processor has bfloat16 dot-product or matrix instructions (x86: avx512_bf16 or amx; Arm: bf16)."""
-    if platform.machine() not in ("x86_64", "AMD64", "aarch64"):
+    if platform.machine() not in ARM_AND_X86:
         return False
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -45,7 +45,7 @@ def mix_backward(grad: Tensor, u: Tensor, c: Tensor, names: tuple[str, ...]) -> 
         for k, name in enumerate(names):
             value, derivative = pointwise(name).quick(rows)
             slope.addcmul_(derivative, coefficients[:, k : k + 1])
-            sums[:, k] = torch.linalg.vecdot(g, value)
+            sums[:, k] = (g * value).sum(-1)
         slope.mul_(g)
         if not (slope.sum() + sums.sum()).isfinite():
             return None

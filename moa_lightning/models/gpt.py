@@ -39,6 +39,9 @@ class GPTConfig:
     """use the token embedding as the output matrix"""
 
     def __post_init__(self) -> None:
+        for name in ("depth", "dim", "num_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"gpt.{name} is {getattr(self, name)} but must be at least 1")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise UserError(f"gpt.dim {self.dim} must be an even multiple of gpt.num_heads {self.num_heads}")
         if self.num_heads % (self.num_kv_heads or self.num_heads):

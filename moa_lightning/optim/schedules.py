@@ -14,6 +14,8 @@ from torch import nn
 from ..errors import UserError
 from .groups import parameter_groups
 
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -40,8 +42,15 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        if not self.lr > 0 or self.weight_decay < 0 or self.warmup_steps < 0 or not 0 < self.decay_fraction <= 1:
-            raise UserError("optimizer needs lr > 0, weight_decay >= 0, warmup_steps >= 0 and 0 < decay_fraction <= 1")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optimizer.schedule is '{self.schedule}'; choose from {', '.join(SCHEDULES)}")
+        if not (self.lr > 0 and self.eps > 0 and 0 < self.decay_fraction <= 1):
+            raise UserError("optimizer needs lr > 0, eps > 0 and 0 < decay_fraction <= 1")
+        for name in ("weight_decay", "warmup_steps", "mixing_lr_factor", "final_lr_factor"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)} but must not be negative")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas is {list(self.betas)} but must be two numbers, at least 0 and below 1")
 
 
 def cosine_schedule(start: float, end: float, progress: float) -> float:

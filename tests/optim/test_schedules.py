@@ -1,0 +1,138 @@
+"""Schedules at their corners, and against the official DINO schedules."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moa_lightning.errors import UserError
+from moa_lightning.optim import OptimizerConfig, build_optimizer, cosine_schedule, learning_rate_factor
+from tests.official import EXACT, needs_official, official
+
+TOTAL, WARMUP = 100, 10
+
+
+def factors(total: int = TOTAL, **options) -> list[float]:
+    """The learning rate of every optimiser step in units of the peak."""
+    config = OptimizerConfig(**{"warmup_steps": WARMUP, **options})
+    return [learning_rate_factor(step, total, config) for step in range(total)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_warm_up_rises_evenly_to_the_peak_and_wastes_no_step(schedule: str) -> None:
+    found = factors(schedule=schedule)
+    assert found[:WARMUP] == pytest.approx([(step + 1) / WARMUP for step in range(WARMUP)])
+    assert found[WARMUP] == pytest.approx(1.0)
+    assert max(found) == pytest.approx(1.0)
+    assert all(a >= b for a, b in zip(found[WARMUP:], found[WARMUP + 1 :], strict=False))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_the_end_of_the_run_is_the_final_factor(schedule: str, final: float) -> None:
+    config = OptimizerConfig(warmup_steps=WARMUP, schedule=schedule, final_lr_factor=final)
+    assert learning_rate_factor(TOTAL, TOTAL, config) == pytest.approx(final)
+    assert learning_rate_factor(TOTAL + 5, TOTAL, config) == pytest.approx(final)
+    assert final < learning_rate_factor(TOTAL - 1, TOTAL, config) < final + 0.06  # the last step still learns
+
+
+def test_half_way_through_the_decay() -> None:
+    middle = WARMUP + (TOTAL - WARMUP) // 2
+    assert factors(schedule="cosine", final_lr_factor=0.2)[middle] == pytest.approx(0.6)
+    assert factors(schedule="linear", final_lr_factor=0.2)[middle] == pytest.approx(0.6)
+    quarter = WARMUP + (TOTAL - WARMUP) / 4
+    cosine = learning_rate_factor(quarter, TOTAL, OptimizerConfig(warmup_steps=WARMUP))
+    assert cosine == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+def test_wsd_stays_at_the_peak_until_the_last_share() -> None:
+    found = factors(schedule="wsd", decay_fraction=0.25)
+    assert found[WARMUP:76] == [1.0] * (76 - WARMUP)
+    assert found[76:] == pytest.approx([left / 25 for left in range(24, 0, -1)])
+
+
+def test_constant_stays_constant_whatever_the_final_factor() -> None:
+    assert factors(schedule="constant", final_lr_factor=0.3)[WARMUP:] == [1.0] * (TOTAL - WARMUP)
+
+
+def test_without_warm_up_the_first_step_has_the_peak() -> None:
+    assert factors(warmup_steps=0)[0] == 1.0
+
+
+def test_a_run_shorter_than_its_warm_up_only_rises() -> None:
+    assert factors(total=5, warmup_steps=10) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_the_optimizer_follows_the_schedule_in_every_group() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    config = OptimizerConfig(lr=0.5, warmup_steps=4, final_lr_factor=0.1)
+    built = build_optimizer(net, config, 12)
+    optimizer, schedule = built["optimizer"], built["lr_scheduler"]
+    assert schedule["interval"] == "step"
+    for step in range(12):
+        expected = 0.5 * learning_rate_factor(step, 12, config)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([expected] * 2)
+        optimizer.step()
+        schedule["scheduler"].step()
+
+
+def test_the_optimizer_is_adamw_as_configured() -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimizerConfig(betas=[0.8, 0.9], eps=1e-7), 10)["optimizer"]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.9), 1e-7)
+
+
+@needs_official
+def test_learning_rates_are_the_official_ones_after_the_warm_up() -> None:
+    """Base 5e-4, final 1e-6, 10 epochs of 7 steps, 2 epochs of warm-up.
+
+    Ours warms up from lr / warmup at the first step, the official schedule from 0 (its first step learns nothing):
+    by design. So ours with one warm-up step less is the official sequence without that first step, exactly.
+    """
+    rates = official("dino_lr_schedule_base5e-4_final1e-6_epochs10_iters7_warmup2").tolist()
+    same = factors(total=70, warmup_steps=14, final_lr_factor=1e-6 / 5e-4)
+    assert [5e-4 * f for f in same[14:]] == pytest.approx(rates[14:], rel=EXACT, abs=0)
+    shifted = factors(total=69, warmup_steps=13, final_lr_factor=1e-6 / 5e-4)
+    assert rates[0] == 0.0
+    assert [5e-4 * f for f in shifted] == pytest.approx(rates[1:], rel=EXACT, abs=0)
+
+
+@needs_official
+@pytest.mark.parametrize(
+    ("name", "start", "end"),
+    [
+        ("dino_wd_schedule_0.04_0.4_epochs10_iters7", 0.04, 0.4),
+        ("dino_momentum_schedule_0.996_1_epochs10_iters7", 0.996, 1.0),
+    ],
+)
+def test_weight_decay_and_momentum_are_the_official_ones(name: str, start: float, end: float) -> None:
+    ours = [cosine_schedule(start, end, step / 70) for step in range(70)]
+    assert ours == pytest.approx(official(name).tolist(), rel=EXACT, abs=0)
+
+
+def test_a_cosine_stays_at_its_ends_outside_the_run() -> None:
+    assert cosine_schedule(0.3, 0.7, -1) == pytest.approx(0.3)
+    assert cosine_schedule(0.3, 0.7, 2) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"eps": 0.0}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"mixing_lr_factor": -1.0}, "mixing_lr_factor"),
+        ({"final_lr_factor": -0.1}, "final_lr_factor"),
+        ({"decay_fraction": 0.0}, "decay_fraction"),
+        ({"decay_fraction": 1.5}, "decay_fraction"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"schedule": "cosinus"}, "cosinus.*wsd"),
+    ],
+)
+def test_impossible_options_are_refused_by_name(options: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        OptimizerConfig(**options)
