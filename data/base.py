@@ -8,6 +8,7 @@ Lightning's epoch number because the latter is not yet corrected when a resumed 
 `Trainer(use_distributed_sampler=False)`: batches are already shared among the devices.
 """
 
+import os
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from data.sampling import EvalBatches, Key, TrainBatches, check_batch_size
 from moa_lightning.errors import UserError
 from moa_lightning.random import sample_seed
+
+EVAL_SEED = 0
 
 
 class Samples(Dataset[dict[str, Any]], ABC):
@@ -71,18 +74,19 @@ class DataModule(L.LightningDataModule, ABC):
     Args:
         batch_size: samples in a micro-step over all devices together.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order, crops and augmentations.
+        seed: of order, crops and augmentations in training; None: the run's (--seed_everything). Held-out samples
+            always have EVAL_SEED, so that every run is judged on the same masks.
         shuffle_block: samples that stay neighbours in the shuffled order, see `sampling.epoch_order`; 0: none.
     """
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int, shuffle_block: int = 0) -> None:
+    def __init__(self, batch_size: int, num_workers: int, seed: int | None, shuffle_block: int = 0) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise UserError(f"{name} is {value} but must be at least {least}")
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.seed = seed
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.shuffle_block = shuffle_block
         self.splits: dict[str, Samples] = {}
 

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import grayscale_to_rgb, rgb_to_grayscale
 
-from data.base import DataModule, Loader, Samples
+from data.base import EVAL_SEED, DataModule, Loader, Samples
 from data.transforms import SingleView, Transform, View, plain_view, seeded
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
@@ -163,7 +163,7 @@ class ImageModule(DataModule):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         num_workers: int,
-        seed: int,
+        seed: int | None,
         shuffle_block: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, shuffle_block)
@@ -207,7 +207,7 @@ class ImageModule(DataModule):
             transforms = self.transform.build(self.image_size)
         else:
             transforms = [plain_view(self.image_size, self.crop_ratio)]
-        return ImageSamples(data, transforms, training, self.mean, self.std, self.seed)
+        return ImageSamples(data, transforms, training, self.mean, self.std, self.seed if training else EVAL_SEED)
 
     def _choose(self, data: LabelledImages, limit: int | None, name: str) -> LabelledImages:
         """At most `limit` images, the same ones whatever the seed of the run."""

@@ -39,7 +39,7 @@ class ImageShards(ImageModule):
         mean, std: of each channel in [0, 1]; None: ImageNet's.
         shuffle_block: neighbours in a shard that stay together while 16 such blocks are mixed; 0 shuffles freely.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order, crops and augmentations.
+        seed: of order, crops and augmentations; None: the run's (--seed_everything).
 
     Raises:
         UserError: options that make no sense; in `setup`, shards that are missing, damaged, empty or without images.
@@ -61,7 +61,7 @@ class ImageShards(ImageModule):
         std: tuple[float, ...] | None = None,
         shuffle_block: int = 256,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             image_size=image_size,

@@ -25,7 +25,7 @@ class Images(ImageModule):
         crop_ratio: in evaluation the shorter side is resized to image_size / crop_ratio and the centre is cropped.
         mean, std: of each channel in [0, 1]; None: known statistics of the source, ImageNet's for a folder.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order, crops and augmentations.
+        seed: of order, crops and augmentations; None: the run's (--seed_everything).
         split_seed: of the split of the packaged sets; apart from `seed`, so that runs with other seeds stay comparable.
 
     Raises:
@@ -49,7 +49,7 @@ class Images(ImageModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         split_seed: int = 0,
     ) -> None:
         traits = TRAITS.get(source, FOLDER_TRAITS)

@@ -108,7 +108,6 @@ class ShardIndex:
 
 def scan(path: str) -> list[Record]:
     """Read the headers of a tar file. Errors as in `ShardIndex`."""
-    size = os.path.getsize(path)
     records: list[Record] = []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -117,7 +116,7 @@ def scan(path: str) -> list[Record]:
                 if not member.isfile() or parsed is None or _METADATA.match(member.name):
                     continue
                 key, extension = parsed[1], parsed[2].lower()
-                _check_member(path, member, extension, size)
+                _check_member(path, member, extension)
                 if not records or records[-1].key != key:
                     records.append(Record(key, {}, -1))
                 if extension in records[-1].members:
@@ -132,11 +131,11 @@ def scan(path: str) -> list[Record]:
     return records
 
 
-def _check_member(path: str, member: tarfile.TarInfo, extension: str, size: int) -> None:
+def _check_member(path: str, member: tarfile.TarInfo, extension: str) -> None:
     if extension.rpartition(".")[2] in _PICKLED:
         raise UserError(f"shard {path} has the pickled member {member.name}, which could run code: write it without")
-    if member.issparse() or member.offset_data + member.size > size:
-        raise UserError(f"shard {path} is cut off or sparse at {member.name}: copy or write it again")
+    if member.issparse():
+        raise UserError(f"shard {path} has the sparse member {member.name}: write it again without --sparse")
 
 
 def _label(path: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import DataModule, Samples
+from data.base import EVAL_SEED, DataModule, Samples
 from data.documents import corpus_sha256, read_documents, split_documents
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
@@ -128,7 +128,7 @@ class TextModule(DataModule):
         batch_size: int,
         max_val_samples: int | None,
         num_workers: int,
-        seed: int,
+        seed: int | None,
         shuffle_block: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, shuffle_block)
@@ -155,7 +155,7 @@ class TextModule(DataModule):
         splits: dict[str, Samples] = {"train": TrainWindows(sources["train"], self.context_length, self.seed)}
         for split, limit in (("val", self.max_val_samples), ("test", None)):
             if split in sources and len(sources[split]) > 1:
-                splits[split] = EvalWindows(sources[split], self.context_length, self.seed, limit)
+                splits[split] = EvalWindows(sources[split], self.context_length, EVAL_SEED, limit)
         return splits
 
 
@@ -171,7 +171,7 @@ class TextFiles(TextModule):
         test_fraction: the same for testing.
         max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order and window offsets.
+        seed: of order and window offsets; None: the run's (--seed_everything).
 
     Raises:
         UserError: in `setup`, where the source is missing, empty or too short.
@@ -186,7 +186,7 @@ class TextFiles(TextModule):
         test_fraction: float = 0.05,
         max_val_samples: int | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(context_length, batch_size, max_val_samples, num_workers, seed)
         self.source: str | Sequence[str] = source

@@ -44,7 +44,7 @@ class TextShards(TextModule):
         max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
         shuffle_block: neighbouring windows that stay together while 16 such blocks are mixed; 0 shuffles freely.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order and window offsets.
+        seed: of order and window offsets; None: the run's (--seed_everything).
 
     Raises:
         UserError: in `setup`, shards that are missing, damaged, empty or without `.txt` members, or too little text.
@@ -60,7 +60,7 @@ class TextShards(TextModule):
         max_val_samples: int | None = None,
         shuffle_block: int = 256,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(context_length, batch_size, max_val_samples, num_workers, seed, shuffle_block)
         self.patterns = {name: value for name, value in (("train", train), ("val", val), ("test", test)) if value}

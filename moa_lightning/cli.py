@@ -4,55 +4,74 @@ What differs from a plain LightningCLI, each for a reason that users have met:
 * all `-c` files are merged before parsing, so fragments compose in any order (configs.py);
 * the command line wins over a checkpoint's hyper-parameters; without `-c`, a run's own config.yaml is used;
 * the default callbacks and the checkpoint settings stay when a config adds callbacks;
-* every run has one folder, which a second run does not silently share;
-* a user's mistake is one sentence on stderr and exit code 2.
+* every run has one folder, which a second run does not silently share (run_folder.py);
+* a user's mistake is one sentence on stderr and exit code 2 (options.py, mistakes.py).
+
+This module imports nothing heavy, so that `moa --help` and a mistyped command answer at once.
 """
 
+import importlib
+import os
 import re
 import sys
-import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .configs import auto_precision, compose, merge
+from .configs import Fragment, auto_precision, compose, load_config, lookup, merge
 from .errors import UserError
+from .help import COMMAND_HELP, USAGE
+
+if TYPE_CHECKING:
+    from .options import Option
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-
-USAGE = """usage: moa COMMAND ...
-
-  fit        train:             moa fit -c configs/vision/mae_tiny.yaml -c configs/ffn/moa.yaml --trainer.max_steps 500
-  validate   on held-out data:  moa validate --ckpt_path runs/mae/version_0/checkpoints/last.ckpt
-  test       on the test split, once the settings are chosen
-  predict    features of images, losses of texts
-  ablate     a grid of runs with a table and plots: moa ablate configs/grids/quickstart.yaml
-  data       write WebDataset shards:  moa data images --source fashion_mnist --out shards
-
--c FILE    a config file, any number of them, later ones win; `configs/...` is found inside the package too
-moa fit --help                  options of the trainer, the run and the checkpoints
-moa fit --model.help MAE        options of a task (LanguageModeling, MAE, DINO)
-moa fit --data.help Images      options of a data module (TextFiles, TextShards, Images, ImageShards)
-"""
+SETTINGS = (
+    "seed_everything",
+    "import",
+    "model",
+    "data",
+    "trainer",
+    "checkpoint",
+)  # of a config.yaml used again
+# A mistake of the input shows in all processes; the first one says it and ends the others within this time.
+SECONDS_OF_SILENCE = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 done, 1 failed runs in a grid, 2 a mistake in the input."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if argv else 2
     try:
         return _dispatch(argv[0], argv[1:])
     except UserError as error:
-        print(f"moa: {_one_line(str(error))}", file=sys.stderr)
+        _say(str(error))
         return 2
+
+
+def _say(message: str) -> None:
+    from .run_folder import process_rank
+
+    rank = process_rank()
+    if rank > 0:
+        time.sleep(SECONDS_OF_SILENCE)
+    place = f" (process {rank})" if rank > 0 else ""
+    print(f"moa{place}: {_one_line(message)}", file=sys.stderr, flush=True)
+
+
+def _one_line(message: str) -> str:
+    return re.sub(r"\s+", " ", message).strip()
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
     if command in LIGHTNING_COMMANDS:
-        _run_lightning(command, rest)
-        return 0
+        if rest in (["-h"], ["--help"]):
+            print(COMMAND_HELP[command], end="")
+            return 0
+        return _run_lightning(command, rest)
     own: dict[str, Callable[[list[str]], int | None]] = {"ablate": _ablate, "data": _data}
     if command not in own:
         raise UserError(f"unknown command '{command}'; choose from {', '.join([*LIGHTNING_COMMANDS, *own])}")
@@ -65,83 +84,114 @@ def _ablate(argv: list[str]) -> int:
     return ablate_command(argv)
 
 
-def _data(argv: list[str]) -> int | None:
+def _data(argv: list[str]) -> None:
     from data.writers import data_command
 
-    return data_command(argv)
+    data_command(argv)
 
 
-def _run_lightning(command: str, argv: list[str]) -> None:
-    paths, rest = split_config_options(argv)
-    config = compose(paths)
-    if not paths and (run := _run_of_checkpoint(rest)) is not None:
-        config = _config_of_run(run)
-    if config.get("trainer", {}).get("precision") == "auto":
-        config["trainer"]["precision"] = auto_precision()
-        print(f"moa: precision auto is {config['trainer']['precision']} on this machine", file=sys.stderr)
+def _run_lightning(command: str, argv: list[str]) -> int:
+    paths, options = split_arguments(argv)
+    fragments = [load_config(path) for path in paths] or _settings_of_run(options)
+    if command != "fit" and _last(options, "ckpt_path") is None and not any("help" in o.key for o in options):
+        raise UserError(f"moa {command} needs --ckpt_path with the checkpoint to load")
+    config = compose(fragments)
+    modules = [option.value or "" for option in options if option.key == "import"]
+    if modules:
+        config = merge(config, {"import": modules})
+        options = [option for option in options if option.key != "import"]
+    for name in config.get("import") or []:
+        import_module(name)
+    options, notes = resolve_precision(config, options)
     from .lightning_cli import run_lightning_command
 
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [command]
-        if config:
-            import yaml
-
-            merged = Path(folder) / "config.yaml"
-            merged.write_text(yaml.safe_dump(config, sort_keys=False))
-            arguments += ["--config", str(merged)]
-        run_lightning_command([*arguments, *rest])
+    try:
+        run_lightning_command(command, config, options, fragments, notes)
+    except SystemExit as end:  # --help, --print_config; after Ctrl-C
+        return end.code if isinstance(end.code, int) else 0
+    return 0
 
 
-def split_config_options(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The values of all -c / --config options, in order, and the other arguments."""
-    paths, rest, index = [], [], 0
-    while index < len(argv):
-        option, _, value = argv[index].partition("=")
-        if option not in ("-c", "--config"):
-            rest.append(argv[index])
-        elif value:
-            paths.append(value)
+def split_arguments(argv: list[str]) -> tuple[list[str], "list[Option]"]:
+    """The config files, in order, and the other options.
+
+    Raises:
+        UserError: a word that belongs to no option, an option without its value.
+    """
+    from .options import Option
+
+    paths, options = [], []
+    words = iter(range(len(argv)))
+    for index in words:
+        name, equals, value = argv[index].partition("=")
+        if not name.startswith("--") and name not in ("-c", "-h"):
+            raise UserError(f"'{argv[index]}' belongs to no option; options are written --name value")
+        key = {"-c": "config", "-h": "help"}.get(name, name[2:])
+        given: str | None = value if equals else None
+        if not equals and index + 1 < len(argv) and not argv[index + 1].startswith(("--", "-c", "-h")):
+            given = argv[next(words)]
+        if given is None and key not in ("help", "print_config") and not key.endswith(".help"):
+            raise UserError(f"{name} needs a value")
+        if key == "config":
+            paths.append(str(given))
         else:
-            index += 1
-            if index == len(argv):
-                raise UserError(f"{option} needs the name of a config file")
-            paths.append(argv[index])
-        index += 1
-    return paths, rest
+            options.append(Option(key, given))
+    return paths, options
 
 
-def _option(argv: list[str], name: str) -> str | None:
-    """The last value of `--name value` or `--name=value`."""
-    found = None
-    for index, argument in enumerate(argv):
-        if argument == f"--{name}" and index + 1 < len(argv):
-            found = argv[index + 1]
-        elif argument.startswith(f"--{name}="):
-            found = argument.partition("=")[2]
-    return found
+def _last(options: "list[Option]", key: str) -> str | None:
+    return next((option.value for option in reversed(options) if option.key == key), None)
 
 
-def _run_of_checkpoint(argv: list[str]) -> Path | None:
-    """The run folder that --ckpt_path lies in, or --run_dir where the checkpoint is named 'last'."""
-    checkpoint, run_dir = _option(argv, "ckpt_path"), _option(argv, "run_dir")
+def _settings_of_run(options: "list[Option]") -> list[Fragment]:
+    """Without -c: the config.yaml of the run that --ckpt_path (or --run_dir, for `last`) means, if there is one."""
+    checkpoint, run_dir = _last(options, "ckpt_path"), _last(options, "run_dir")
     if checkpoint is None:
-        return None
-    if checkpoint == "last" and run_dir is not None:
-        return Path(run_dir)
-    return Path(checkpoint).parent.parent if Path(checkpoint).exists() else None
+        return []
+    from .run_folder import CONFIG, checkpoint_path, run_of_checkpoint
+
+    found = checkpoint_path(checkpoint, run_dir)
+    run = run_of_checkpoint(str(found))
+    if run is None:
+        if _last(options, "model") is None:
+            raise UserError(f"no {CONFIG} lies beside '{found}'; give the config files of its run with -c")
+        return []
+    saved = load_config(str(run / CONFIG))
+    return [Fragment(saved.name, {key: saved.content[key] for key in SETTINGS if key in saved.content})]
 
 
-def _config_of_run(run: Path) -> dict[str, Any]:
-    saved = run / "config.yaml"
-    if not saved.is_file():
-        raise UserError(f"'{run}' holds no config.yaml; give the run's config files with -c")
-    config = compose([str(saved)])
-    keep = {key: config[key] for key in ("seed_everything", "model", "data", "trainer", "checkpoint") if key in config}
-    return merge({}, keep)
+def import_module(name: str) -> None:
+    """Import a user's module, from the working folder too; what it registers can then be named in options.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(name.removesuffix(".py"))
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise  # the module is there, and something that it imports is not
+        raise UserError(
+            f"--import '{name}': no module of that name in {Path.cwd()} or among the installed ones"
+        ) from error
 
 
-def _one_line(message: str) -> str:
-    return re.sub(r"\s+", " ", message).strip()
+def resolve_precision(config: dict[str, Any], options: "list[Option]") -> "tuple[list[Option], list[str]]":
+    """Put the precision that `auto` means into the config; returns the other options and a line that says so."""
+
+    def given(key: str) -> Any:
+        try:
+            return _last(options, key) or lookup(config, key)
+        except KeyError:
+            return None
+
+    if given("trainer.precision") != "auto":
+        return options, []
+    precision, why = auto_precision(str(given("trainer.accelerator") or "auto"))
+    config["trainer"] = {**(config.get("trainer") or {}), "precision": precision}
+    return [o for o in options if o.key != "trainer.precision"], [f"precision auto is {precision}: {why}"]
 
 
 if __name__ == "__main__":

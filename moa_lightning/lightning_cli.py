@@ -1,26 +1,68 @@
 """LightningCLI as this project uses it: one folder a run, callbacks that stay, checkpoints that do not override."""
 
-import contextlib
+import copy
+import inspect
 import os
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from rich.console import Console
 
 import data
 import tasks
+from data.image_base import ImageModule
+from data.text import TextModule
+from tasks.vision import SelfSupervised
 
 from . import parallel  # noqa: F401 - registers the strategy fsdp2
 from .callbacks import default_callbacks
+from .callbacks.predictions import PredictionFile
+from .callbacks.progress import StepProgress
+from .callbacks.report import RunReport, metrics_table
+from .callbacks.validation import RunCheckpoint, ValidationSchedule
+from .configs import Fragment
 from .errors import UserError
+from .mistakes import mistakes, quiet
+from .options import Option, Tree
+from .run_folder import (
+    CONFIG,
+    RUN_DIR_VARIABLE,
+    FolderGuard,
+    checkpoint_path,
+    checkpoint_step,
+    new_run_dir,
+    refuse_second_run,
+    run_of_checkpoint,
+    saved_settings,
+)
+from .trainer_options import check_devices, check_length, validation_rhythm
 
 COMMANDS = ("fit", "validate", "test", "predict")
-RUN_DIR_VARIABLE = "MOA_RUN_DIR"  # how the processes that a strategy launches learn the folder that the first one chose
+DEFAULT_CLASSES = {"data.transform": "data.SingleView"}  # what the data modules take without one
+TRAINER_DEFAULTS = {
+    "log_every_n_steps": 10,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": None,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,  # the data modules share their batches among the devices
+    "enable_model_summary": False,
+}
+CHECKPOINT_DEFAULTS = {
+    "checkpoint.filename": "step{step:07d}",
+    "checkpoint.auto_insert_metric_name": False,
+    "checkpoint.save_last": True,
+    "checkpoint.save_on_train_epoch_end": False,
+    # a version counter would write last-v1.ckpt beside last.ckpt in a folder that was moved, and none would continue it
+    "checkpoint.enable_version_counter": False,
+}
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -35,12 +77,54 @@ class SaveRunConfig(SaveConfigCallback):
             return
         folder = Path(log_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        name = "config-resumed.yaml" if (folder / "config.yaml").exists() else "config.yaml"
-        self.parser.save(self.config, folder / name, skip_none=False, overwrite=True, multifile=False)
+        name = "config-resumed.yaml" if (folder / CONFIG).exists() else CONFIG
+        text = self.parser.dump(self.config, skip_none=False)
+        (folder / name).write_text(yaml.safe_dump(saved_settings(yaml.safe_load(text)), sort_keys=False))
 
 
 class MoaCLI(LightningCLI):
-    """fit, validate, test and predict for the tasks and data modules of this project, by short names."""
+    """fit, validate, test and predict for the tasks and data modules of this project.
+
+    Args:
+        arguments: the command line after `moa`, its config merged and checked.
+        notes: what a fit prints besides its own description.
+    """
+
+    def __init__(self, arguments: list[str], notes: list[str]) -> None:
+        self.notes = notes
+        self.guard: FolderGuard | None = None
+        self.first_step = 0
+        fit = arguments[0] == "fit"
+        strict = {"exit_on_error": False, "allow_abbrev": False}
+        try:
+            super().__init__(
+                tasks.Task,
+                data.DataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=SaveRunConfig if fit else None,
+                seed_everything_default=0,
+                trainer_defaults={**TRAINER_DEFAULTS, "callbacks": default_callbacks() if fit else []},
+                parser_kwargs={**strict, **{name: dict(strict) for name in COMMANDS}},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=arguments,
+            )
+        except BaseException:
+            self._clean_up()
+            raise
+        finally:
+            os.environ.pop(RUN_DIR_VARIABLE, None)
+
+    def _clean_up(self) -> None:
+        """End the processes that were launched, and leave no folder where no step was taken."""
+        trainer: L.Trainer | None = getattr(self, "trainer", None)
+        launcher = None if trainer is None else trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(signal.SIGKILL)  # they may wait for this one in a collective call, which SIGTERM cannot end
+        trial = trainer is not None and trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.guard is not None and (trainer is None or trial or trainer.global_step <= self.first_step):
+            self.guard.clean(self.run_dir)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -49,15 +133,10 @@ class MoaCLI(LightningCLI):
             default=None,
             help="Folder of this run: config, events, metrics, checkpoints (default: runs/<task>/version_<next>).",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "step{step:07d}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": True,
-                "checkpoint.save_on_train_epoch_end": False,
-            }
-        )
+        parser.usage = "moa COMMAND [--option value ...]"
+        parser.add_argument("--import", type=list[str], default=[], help="Python modules to import first.")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.set_defaults(CHECKPOINT_DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -67,94 +146,138 @@ class MoaCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        run_dir = self._run_dir(config)
-        os.environ[RUN_DIR_VARIABLE] = str(run_dir)
-        config["run_dir"] = str(run_dir)
-        config["checkpoint"]["dirpath"] = config["checkpoint"]["dirpath"] or str(run_dir / "checkpoints")
-        checkpoint = config.get("ckpt_path")
-        if checkpoint == "last":
-            checkpoint = config["ckpt_path"] = str(Path(config["checkpoint"]["dirpath"]) / "last.ckpt")
-        if checkpoint and not Path(checkpoint).exists():
-            raise UserError(f"checkpoint '{checkpoint}' does not exist; leave --ckpt_path out to start anew")
+        given = config["run_dir"]
+        if given is not None and not Path(given).name:  # "." has no name that a logger could take
+            given = os.path.abspath(given)
+        checkpoint = config["ckpt_path"] = checkpoint_path(config.get("ckpt_path"), given)
+        if checkpoint is not None:
+            self.first_step = checkpoint_step(checkpoint)
+        check_devices(config["trainer"])
         if self.subcommand == "fit":
-            self._refuse_second_run(run_dir, checkpoint)
-        elif self.subcommand != "fit" and not checkpoint:
+            check_length(config["trainer"])
+            self._claim_folder(Path(given) if given else None, config, checkpoint)
+        elif checkpoint is None:
             raise UserError(f"moa {self.subcommand} needs --ckpt_path with the checkpoint to load")
+        else:
+            self.run_dir = Path(given or run_of_checkpoint(checkpoint) or Path(checkpoint).parent)
 
-    def _run_dir(self, config: Any) -> Path:
-        if RUN_DIR_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
-            return Path(os.environ[RUN_DIR_VARIABLE])
-        if config["run_dir"] is not None:
-            return Path(config["run_dir"])
-        if "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ:
-            raise UserError("under torchrun or Slurm name the run's folder with --run_dir, so that all processes agree")
-        name = config["model"]["class_path"].rpartition(".")[2].lower()
-        root = Path(config["trainer"]["default_root_dir"] or "runs") / name
-        version = 0
-        while (root / f"version_{version}").exists():
-            version += 1
-        return root / f"version_{version}"
+    def _claim_folder(self, given: Path | None, config: Any, checkpoint: str | None) -> None:
+        root = Path(config["trainer"]["default_root_dir"] or "runs")
+        root /= config["model"]["class_path"].rpartition(".")[2].lower()
+        if given is not None:
+            refuse_second_run(given, checkpoint)
+        self.guard = FolderGuard(given, root)
+        self.run_dir = new_run_dir(given, root)
+        os.environ[RUN_DIR_VARIABLE] = str(self.run_dir)
 
-    @staticmethod
-    def _refuse_second_run(run_dir: Path, checkpoint: str | None) -> None:
-        first_process = os.environ.get("LOCAL_RANK", "0") == "0"
-        if first_process and (run_dir / "config.yaml").exists() and not checkpoint:
-            raise UserError(
-                f"'{run_dir}' already holds a run; continue it with --ckpt_path last or choose another --run_dir"
-            )
+    def instantiate_classes(self) -> None:
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
+        check_kind(self.model, self.datamodule)
+        try:
+            self.trainer = self.instantiate_trainer()
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:  # the Trainer's own check of its options
+            raise UserError(f"trainer: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        run_dir = Path(self._get(self.config, "run_dir"))
-        loggers = self._get(self.config_init, "trainer").get("logger")
-        extra = loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, Logger) else []
-        if loggers is not False:
-            kwargs["logger"] = [run_logger(run_dir, self._get(self.config, "ckpt_path")), *extra]
-        return super().instantiate_trainer(use_distributed_sampler=False, **kwargs)
+        config = self._get(self.config_init, "trainer")
+        callbacks = [config["callbacks"]] if isinstance(config["callbacks"], L.Callback) else config["callbacks"] or []
+        own: list[L.Callback] = []
+        if config["enable_checkpointing"] is False:
+            self._parser(self.subcommand).callback_keys = []
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            own.append(StepProgress())
+        kwargs |= {"default_root_dir": str(self.run_dir), "logger": False}
+        if self.subcommand == "fit":
+            steps, options = validation_rhythm(config)
+            own += [ValidationSchedule(steps), RunReport(None if config["fast_dev_run"] else self.run_dir, self.notes)]
+            kwargs |= options
+            kwargs["logger"] = loggers(self.run_dir, config["logger"])
+        elif self.subcommand == "predict":
+            own.append(PredictionFile(self.run_dir))
+        return super().instantiate_trainer(callbacks=[*own, *callbacks], **kwargs)
 
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_core_arguments_to_parser(parser)
-        parser.set_defaults({"trainer.use_distributed_sampler": False})
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        quiet = {"validate": {"verbose": False}, "test": {"verbose": False}, "predict": {"return_predictions": False}}
+        return {**kwargs, **quiet.get(subcommand, {})}
+
+    def after_fit(self) -> None:
+        if self.guard is not None and self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.guard.clean(self.run_dir)
+
+    def after_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            Console().print(metrics_table({name: float(v) for name, v in self.trainer.callback_metrics.items()}))
+
+    after_test = after_validate
+
+    def after_predict(self) -> None:
+        file = next(c for c in self.trainer.callbacks if isinstance(c, PredictionFile))  # type: ignore[attr-defined]
+        shapes = ", ".join(f"{name} {shape}" for name, shape in file.shapes.items())
+        Console(soft_wrap=True, highlight=False).print(f"{file.path}: {shapes}", markup=False)
 
 
-def run_logger(run_dir: Path, checkpoint: str | None) -> TensorBoardLogger:
-    """TensorBoard events right in the run's folder; what a resumed run writes again after its checkpoint's step
-    replaces what was there, so the curves are clean."""
-    options = {"purge_step": checkpoint_step(checkpoint) + 1} if checkpoint else {}
-    return TensorBoardLogger(save_dir=run_dir.parent, name="", version=run_dir.name, default_hp_metric=False, **options)
+def check_kind(task: L.LightningModule, datamodule: L.LightningDataModule) -> None:
+    """Raise UserError for data that a task cannot train on."""
+    name, source = type(task).__name__, type(datamodule).__name__
+    if isinstance(task, SelfSupervised) and isinstance(datamodule, TextModule):
+        raise UserError(f"{name} trains on images, and {source} is text; choose --data Images or --data ImageShards")
+    if isinstance(task, tasks.LanguageModeling) and isinstance(datamodule, ImageModule):
+        raise UserError(f"{name} trains on text, and {source} is images; choose --data TextFiles or --data TextShards")
+    if isinstance(task, tasks.DINO) and isinstance(datamodule, ImageModule):
+        views = len(datamodule.transform.build(datamodule.image_size))
+        if views < 2:
+            raise UserError(
+                f"DINO compares views of an image, and the data give {views}; choose --data.transform MultiCrop"
+            )
 
 
-def checkpoint_step(path: str) -> int:
-    """The optimiser step that a checkpoint (a file, or a folder of shards) was saved at."""
-    file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
-    try:
-        return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception as error:
-        raise UserError(f"'{path}' is not a checkpoint of this project ({type(error).__name__})") from error
+def loggers(run_dir: Path, given: Any) -> Any:
+    """TensorBoard events right in the run's folder, and the loggers of the config; False where it wants none."""
+    if given is False:
+        return False
+    extra = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
+    return [TensorBoardLogger(run_dir.parent, name="", version=run_dir.name, default_hp_metric=False), *extra]
 
 
-def run_lightning_command(arguments: list[str]) -> None:
-    """Parse and run one of fit, validate, test, predict; raises UserError for a mistake in the input."""
-    try:
-        MoaCLI(
-            tasks.Task,
-            data.DataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveRunConfig,
-            seed_everything_default=0,
-            trainer_defaults={
-                "callbacks": default_callbacks(),
-                "log_every_n_steps": 10,
-                "check_val_every_n_epoch": None,
-                "num_sanity_val_steps": 0,
-            },
-            parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in COMMANDS}},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=arguments,
-        )
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
-    finally:
-        with contextlib.suppress(KeyError):
-            del os.environ[RUN_DIR_VARIABLE]
+def option_roots(command: str) -> dict[str, Any]:
+    """The first level of a command's options, for options.Tree."""
+    handed_over = ("self", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders")
+    own = set(inspect.signature(getattr(L.Trainer, command)).parameters) - set(handed_over)
+    groups = {
+        name: dict.fromkeys(list(inspect.signature(kind.__init__).parameters)[1:])
+        for name, kind in (("trainer", L.Trainer), ("checkpoint", ModelCheckpoint))
+    }
+    values = dict.fromkeys(("print_config", "seed_everything", "run_dir", "import", *sorted(own)))
+    return {**groups, "model": tasks.Task, "data": data.DataModule, **values}
+
+
+def run_lightning_command(
+    command: str, config: dict[str, Any], options: list[Option], fragments: list[Fragment], notes: list[str]
+) -> None:
+    """Check and run one of fit, validate, test, predict.
+
+    Args:
+        config: the merged config files.
+        options: the rest of the command line.
+        fragments: the files, for messages.
+        notes: what a fit prints besides its own description.
+
+    Raises:
+        UserError: for a mistake in the input.
+    """
+    with mistakes(options, fragments), quiet(), tempfile.TemporaryDirectory() as folder:
+        tree = Tree(option_roots(command), copy.deepcopy(config), fragments, DEFAULT_CLASSES)
+        questions = [option for option in options if option.key == "help" or option.key.endswith(".help")]
+        if questions:
+            options = tree.answerable(questions)
+        else:
+            options = tree.enter_classes(options)
+            tree.check(options)
+        merged = Path(folder) / CONFIG
+        merged.write_text(yaml.safe_dump(tree.config, sort_keys=False))
+        files = [] if questions else ["--config", str(merged)]
+        MoaCLI([command, *files, *map(str, options)], [*notes, *tree.notes])

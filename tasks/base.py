@@ -5,6 +5,7 @@ size, channels) may be left open: they are then taken from the data module and w
 hyper-parameters, so that a checkpoint can be loaded without it.
 """
 
+import math
 import os
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import lightning as L
 from torch import Tensor, nn
 
+from moa_lightning.errors import UserError
 from moa_lightning.optim import OptimizerConfig, build_optimizer
 from moa_lightning.parallel import FSDPStrategy, compile_blocks, shard
 
@@ -49,7 +51,10 @@ class Task(L.LightningModule):
         """The value of an argument that was left open: the data module's attribute of that name."""
         value = self.hparams[name]
         if value is None:
-            value = getattr(self.trainer.datamodule, name)  # type: ignore[attr-defined]
+            data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+            value = getattr(data, name, None)
+            if value is None:
+                raise UserError(f"{name} is open: give model.init_args.{name}, or train with data that know it")
             self.hparams[name] = value
         return value
 
@@ -74,7 +79,15 @@ class Task(L.LightningModule):
 
     @property
     def total_steps(self) -> int:
-        return int(self.trainer.estimated_stepping_batches)
+        """Optimiser steps of the whole run.
+
+        Raises:
+            UserError: the run has no end that can be counted in steps.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise UserError("schedules need the length of the run: set trainer.max_steps or trainer.max_epochs")
+        return int(steps)
 
     @property
     def progress(self) -> float:

@@ -1,5 +1,5 @@
-"""Self-distillation without labels (Caron et al., arXiv 2104.14294): a student learns to predict, from any crop, what an
-averaged teacher says of another."""
+"""Self-distillation without labels (Caron et al., arXiv 2104.14294): a student learns to predict, from any crop, what
+an averaged teacher says of another."""
 
 import math
 from typing import Any

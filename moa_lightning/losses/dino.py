@@ -1,5 +1,5 @@
-"""DINO's loss: cross-entropy between the teacher's centred, sharpened outputs and the student's, over pairs of different
-crops (Caron et al., arXiv 2104.14294, eq. 1-3)."""
+"""DINO's loss: cross-entropy between the teacher's centred, sharpened outputs and the student's, over pairs of
+different crops (Caron et al., arXiv 2104.14294, eq. 1-3)."""
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,9 @@ class DINOLoss(nn.Module):
     def _crops(student: Tensor, teacher: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
         batch = len(teacher) // 2
         if len(teacher) % 2 or len(student) % batch:
-            raise ValueError(f"{len(student)} student and {len(teacher)} teacher outputs are not whole crops of 2 globals")
+            raise ValueError(
+                f"{len(student)} student and {len(teacher)} teacher outputs are not whole crops of 2 globals"
+            )
         return (len(student) // batch, batch), (2, batch)
 
     @torch.no_grad()

@@ -1,5 +1,7 @@
 """Where a vision transformer's class token looks: for pictures, not for training."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ def class_attention(net: SelfDistillation, images: Tensor) -> Tensor | None:
         or another layout than one packed qkv projection.
     """
     backbone = net.teacher.backbone
-    attention = getattr(list(backbone.blocks)[-1], "attn", None)
+    attention: Any = getattr(list(backbone.blocks)[-1], "attn", None)
     if getattr(backbone, "cls_token", None) is None or getattr(backbone, "rope", None) is not None:
         return None
     if not isinstance(getattr(attention, "qkv", None), nn.Linear):
@@ -34,7 +36,7 @@ def class_attention(net: SelfDistillation, images: Tensor) -> Tensor | None:
     return patches.unflatten(-1, (images.shape[-2] // patch[0], images.shape[-1] // patch[1]))
 
 
-def _class_row(module: nn.Module, x: Tensor) -> Tensor:
+def _class_row(module: Any, x: Tensor) -> Tensor:
     """Attention weights of token 0 on all tokens: x (B, N, D) -> (B, heads, N)."""
     heads = int(module.num_heads)
     qkv = module.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, head_dim)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..feedforward import FFNConfig
 from .init import initialize, vision_rule
-from .vit import blocks_flops, build_vit, is_plain
+from .vit import blocks_flops, build_vit, check_size, is_plain
 
 
 class DINOHead(nn.Module):
@@ -46,7 +46,7 @@ class CosineLinear(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, learned_norm: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.weight = nn.Parameter(torch.rand(out_dim, in_dim) - 0.5)
         self.norm = nn.Parameter(torch.ones(out_dim, 1)) if learned_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,9 +57,10 @@ class CosineLinear(nn.Module):
 class ProjectedViT(nn.Module):
     """A backbone and its head; crops of one size (n, C, H, W) -> (n, out_dim)."""
 
-    def __init__(self, backbone: nn.Module, head: DINOHead) -> None:
+    def __init__(self, backbone: Any, head: DINOHead) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone: Any = backbone
+        self.head = head
 
     def forward(self, views: list[Tensor]) -> Tensor:
         """Crops [(B, C, H, W), ...] -> (crops·B, out_dim), crop after crop, one backbone pass per size."""
@@ -106,10 +107,12 @@ class SelfDistillation(nn.Module):
         super().__init__()
 
         def build(drop_path: float) -> ProjectedViT:
-            options = {"dynamic_img_size": True, **({"drop_path_rate": drop_path} if drop_path else {}), **backbone_args}
+            dropped = {"drop_path_rate": drop_path} if drop_path else {}
+            options = {"dynamic_img_size": True, **dropped, **backbone_args}
             vit = build_vit(backbone, ffn, image_size, channels, seed, **options)
             if not is_plain(vit):
                 raise UserError(f"'{backbone}' is not a plain vision transformer, which multi-crop training needs")
+            check_size(vit, image_size)
             head = DINOHead(int(vit.num_features), out_dim, hidden_dim, bottleneck_dim, norm_last_layer)
             return ProjectedViT(vit, head)
 
@@ -125,6 +128,8 @@ class SelfDistillation(nn.Module):
         return self
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        for view in views:
+            check_size(self.student.backbone, view.shape[-1])
         with torch.no_grad():
             teacher = self.teacher(views[:2])
         return self.student(views), teacher
@@ -132,7 +137,8 @@ class SelfDistillation(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum · teacher + (1 - momentum) · student, parameter by parameter."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
         for old, new in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
             old.copy_(new)
@@ -142,7 +148,10 @@ class SelfDistillation(nn.Module):
         return self.teacher.backbone(images)
 
     def flops_per_image(self, view_sizes: list[int]) -> tuple[float, float]:
-        """Matrix-product FLOPs of one forward pass for one image: of the student (all views), the teacher (two)."""
+        """Matrix-product FLOPs of one forward pass for one image: of the student (all views), the teacher (two).
+
+        Attention pooling, which some backbones have, is not counted.
+        """
         net = self.student.backbone
         patch = int(net.patch_embed.patch_size[0])
         embed, head = net.patch_embed.proj.weight.numel(), self.student.head.matrix_weights()

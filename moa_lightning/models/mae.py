@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..feedforward import FFNConfig
-from ..inject import inject
+from ..injection import inject
 from ..losses.mae import patchify
 from .init import initialize, mae_rule
-from .vit import blocks_flops, build_vit, make_maskable, pooled, sincos_positions
+from .vit import blocks_flops, build_vit, check_size, make_maskable, pooled, sincos_positions
 
 
 def random_mask(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +36,8 @@ def random_mask(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tenso
 
 class Decoder(nn.Module):
     """Predicts the pixels of all patches from the codes of the visible ones: (B, n, D), (B, N) -> (B, N, pixels)."""
+
+    positions: Tensor
 
     def __init__(self, in_dim: int, dim: int, depth: int, heads: int, grid: tuple[int, int], pixels: int) -> None:
         super().__init__()
@@ -89,8 +91,10 @@ class MaskedAutoencoder(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.encoder = build_vit(backbone, ffn, image_size, channels, seed, global_pool="", **backbone_args)
+        options = {**backbone_args, "global_pool": ""}  # the decoder wants all tokens, whatever else wants one vector
+        self.encoder: Any = build_vit(backbone, ffn, image_size, channels, seed, **options)
         self.selector = make_maskable(self.encoder, backbone)
+        check_size(self.encoder, image_size)
         self.mask_ratio = mask_ratio
         self.patch_size = int(self.encoder.patch_embed.patch_size[0])
         grid = tuple(self.encoder.patch_embed.grid_size)
@@ -101,9 +105,7 @@ class MaskedAutoencoder(nn.Module):
             raise UserError(f"decoder_dim {decoder_dim} must be a multiple of decoder_heads {decoder_heads}")
         self._fix_positions(grid)
         pixels = self.patch_size**2 * channels
-        self.decoder = Decoder(
-            int(self.encoder.embed_dim), decoder_dim, decoder_depth, decoder_heads, grid, pixels
-        )
+        self.decoder = Decoder(int(self.encoder.embed_dim), decoder_dim, decoder_depth, decoder_heads, grid, pixels)
         inject(self.decoder, decoder_ffn, seed=seed)
         initialize(self, seed, mae_rule)
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..feedforward import FFNConfig
-from ..inject import inject
+from ..injection import inject
 from ..mixing import MixCoefficients
 
 
-def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: int, **options: Any) -> nn.Module:
+def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: int, **options: Any) -> Any:
     """A timm vision transformer without a classifier, its feed-forward layers replaced as `ffn` says.
 
     Args:
@@ -38,7 +38,7 @@ def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: i
             net = timm.create_model(
                 name, pretrained=False, num_classes=0, img_size=image_size, in_chans=channels, **options
             )
-        except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever timm trips over, the reason is what it was given
             raise UserError(f"timm cannot build '{name}' with img_size={image_size}, {options}: {error}") from error
     inject(net, ffn, seed=seed)
     return net
@@ -73,7 +73,7 @@ class PatchSelector(nn.Module):
         return (x, self.ids) if self.return_indices else x
 
 
-def make_maskable(net: nn.Module, name: str) -> PatchSelector:
+def make_maskable(net: Any, name: str) -> PatchSelector:
     """Give a timm ViT a PatchSelector; UserError for models whose forward pass cannot leave patches out."""
     if not hasattr(net, "patch_drop") or not is_plain(net):
         raise UserError(
@@ -87,6 +87,13 @@ def make_maskable(net: nn.Module, name: str) -> PatchSelector:
 def is_plain(net: nn.Module) -> bool:
     """Whether a timm net turns separate patches into one sequence of tokens, as a plain vision transformer does."""
     return hasattr(net, "num_prefix_tokens") and isinstance(getattr(net, "patch_embed", None), PatchEmbed)
+
+
+def check_size(net: Any, size: int) -> None:
+    """UserError where images of `size` pixels do not divide into the patches of a plain vision transformer."""
+    patch = int(net.patch_embed.patch_size[0])
+    if size % patch:
+        raise UserError(f"images or crops of {size} pixels do not divide into patches of {patch}: change one of them")
 
 
 def sincos_positions(dim: int, height: int, width: int, prefix: int = 0) -> Tensor:
@@ -109,7 +116,7 @@ def sincos_positions(dim: int, height: int, width: int, prefix: int = 0) -> Tens
     return torch.cat([torch.zeros(prefix, dim, dtype=torch.float64), table]).float()
 
 
-def pooled(net: nn.Module, tokens: Tensor) -> Tensor:
+def pooled(net: Any, tokens: Tensor) -> Tensor:
     """One vector an image from a ViT's output tokens (B, prefix + N, D) -> (B, D): the mean over patches."""
     return tokens[:, int(net.num_prefix_tokens) :].mean(1)
 

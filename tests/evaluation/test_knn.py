@@ -1,4 +1,4 @@
-"""The weighted k-nearest-neighbour classifier: DINO's official numbers, the definition written out, torchmetrics' rules."""
+"""The weighted k-nearest-neighbour classifier: DINO's official numbers, the definition, torchmetrics' rules."""
 
 import numpy as np
 import pytest

@@ -52,7 +52,7 @@ def test_gradient_reaches_every_parameter(ffn: str) -> None:
 
 
 def rotated_pairs(x: np.ndarray, theta: float) -> np.ndarray:
-    """(T, head_dim) with the pairs (i, i + head_dim/2) of row t as complex numbers times exp(i t theta^(-2i/head_dim))."""
+    """(T, head_dim) with each pair (n, n + head_dim/2) of row t as a complex number, turned by t·theta^(-2n/d)."""
     half = x.shape[1] // 2
     angles = np.outer(np.arange(len(x)), theta ** (-2 * np.arange(half) / x.shape[1]))
     turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)

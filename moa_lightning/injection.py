@@ -20,7 +20,7 @@ from torch import nn
 
 from .errors import UserError
 from .feedforward import FeedForward, FFNConfig, matched_hidden_dim
-from .inject_adapters import (
+from .injection_adapters import (
     SourceLayer,
     Unreadable,
     activation_name,

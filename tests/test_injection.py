@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from moa_lightning import FeedForward, FFNConfig, UserError
 from moa_lightning.activations import DICTIONARY
-from moa_lightning.inject import inject
-from moa_lightning.inject_adapters import activation_name
+from moa_lightning.injection import inject
+from moa_lightning.injection_adapters import activation_name
 from moa_lightning.models.gpt import GPT, GPTConfig
 
 WIDE = (*DICTIONARY, "gelu_tanh", "quick_gelu")

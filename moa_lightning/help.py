@@ -1,0 +1,96 @@
+"""The texts of `moa --help` and `moa COMMAND --help`: the options that most runs need, by group.
+
+All the others are listed by the parser itself: `moa fit --help all`.
+"""
+
+USAGE = """usage: moa COMMAND ...
+
+  fit        train:  moa fit -c configs/vision/mae_tiny.yaml -c configs/data/mnist5k.yaml -c configs/ffn/moa.yaml
+  validate   measure on held-out data:  moa validate --ckpt_path runs/mae/version_0/checkpoints/last.ckpt
+  test       on the test split, once the settings are chosen
+  predict    features of images, losses of texts
+  ablate     a grid of runs with a table and plots: moa ablate configs/grids/quickstart.yaml
+  data       write WebDataset shards:  moa data images --source fashion_mnist --out shards
+
+moa COMMAND --help lists the options of a command.
+"""
+
+_CONFIGS = """config files
+  -c FILE                         a YAML file; any number of them in any order, later ones win, and options win over
+                                  files. configs/... is found in the working folder, then inside the package
+  --print_config                  print the merged configuration and stop
+  --import MODULE                 import a Python module first, for instance one that registers an activation;
+                                  may be repeated
+"""
+
+_DEVICES = """devices (--trainer.*)
+  --trainer.accelerator NAME      auto, cpu, gpu, ...
+  --trainer.devices N             number of devices, or auto
+  --trainer.strategy NAME         auto, ddp (a copy of the net on each device), fsdp2 (the net sharded over them)
+  --trainer.precision NAME        32-true, bf16-mixed, or auto: bf16-mixed where the device is fast at it
+"""
+
+_FIT = f"""usage: moa fit [-c FILE ...] [--option value ...]
+
+Train:  moa fit -c configs/language/gpt_tiny.yaml -c configs/data/stdlib.yaml -c configs/ffn/moa.yaml
+
+{_CONFIGS}
+what is trained (--model.*)
+  --model TASK                    LanguageModeling, MAE or DINO; moa fit --model.help MAE lists its options
+  --model.ffn.activation NAME     identity, gelu, silu, relu, leaky_relu, relu2, tanh, ...
+  --model.ffn.mixing KIND         fixed, la (a learned mix), moa (a mix gated per token)
+  --model.ffn.gate NAME           sigmoid, softmax, tanh
+  --model.backbone NAME           timm vision transformer (MAE, DINO)
+  --model.optimizer.lr RATE       peak learning rate
+  --model.compile true            compile the blocks (pays off in runs of more than a few minutes)
+
+on what (--data.*)
+  --data MODULE                   TextFiles, TextShards, Images, ImageShards; moa fit --data.help Images lists its
+  --data.source PATH              where from (TextFiles, Images)
+  --data.batch_size N             samples in a batch, over all devices together
+
+how long (--trainer.*)
+  --trainer.max_steps N           optimiser steps
+  --trainer.max_epochs N          passes over the data
+  --trainer.max_time DD:HH:MM:SS  and the like
+  --trainer.val_check_interval N  optimiser steps between validations (a fraction: of an epoch); the last step is always
+                                  validated. Default: a tenth of max_steps
+  --trainer.accumulate_grad_batches N   batches in an optimiser step
+  --trainer.gradient_clip_val X   largest norm of the gradient
+
+{_DEVICES}
+the run
+  --run_dir DIR                   its folder: config, events, metrics, checkpoints (default: runs/<task>/version_<next>)
+  --ckpt_path last                continue the run in --run_dir; or the path of a checkpoint
+  --seed_everything N             initial weights (default 0); the data's order has --data.seed
+
+moa fit --help all                every option of the trainer and the checkpoints
+"""
+
+
+def _evaluation(command: str, what: str, result: str) -> str:
+    return f"""usage: moa {command} --ckpt_path CHECKPOINT [--option value ...]
+
+{what} moa {command} --ckpt_path runs/mae/version_0/checkpoints/last.ckpt
+The settings are those of the checkpoint's run; -c and options change them. {result}
+
+  --ckpt_path PATH                the checkpoint; `last` together with --run_dir
+  --run_dir DIR                   the run's folder (default: the one that the checkpoint lies in)
+  --data.batch_size N             samples in a batch, over all devices together
+
+{_CONFIGS}
+{_DEVICES}
+moa {command} --help all          every option
+"""
+
+
+COMMAND_HELP = {
+    "fit": _FIT,
+    "validate": _evaluation("validate", "Measure on the validation split.", "Prints a table of metrics."),
+    "test": _evaluation("test", "Measure on the test split.", "Prints a table of metrics."),
+    "predict": _evaluation(
+        "predict",
+        "Features of test images (MAE, DINO), losses of test texts (LanguageModeling).",
+        "Writes predictions.npz.",
+    ),
+}

@@ -1,0 +1,142 @@
+"""What other packages say, cut down to what helps: errors of jsonargparse, Lightning and torch, and chatter.
+
+jsonargparse nests a message for every level and every alternative of a type; what is wrong stands in the innermost one.
+A UserError that was wrapped on its way (by the parser, by a data worker) is found again.
+"""
+
+import argparse
+import difflib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from .configs import Fragment, origin
+from .errors import UserError
+from .options import Option
+
+LONGEST_VALUE = 60
+ADVERTISEMENT = re.compile(r"\s*(HINT:|Find a complete list|For more information|See:? http).*", re.DOTALL)
+WORKER = re.compile(r"Caught UserError in DataLoader worker process.*\n\S*UserError: (.*)\Z", re.DOTALL)
+UNLOADABLE = re.compile(r"Error\(s\) in loading state_dict for (\w+):\s*(.*)", re.DOTALL)
+# what Lightning and torch say of themselves in every run, none of which a user can act on
+NOISE = (
+    ".*LeafSpec.*is deprecated.*",
+    ".*in eval mode at the start of training.*",
+    ".*not supported by the model summary.*",
+    ".*does not have many workers.*",
+    ".*You are using a custom batch sampler.*",
+    ".*Total length of `.*` across ranks is zero.*",
+    ".*Cannot dispatch to fused implementation.*",
+    ".*The dirpath has changed from.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",
+    ".*LightningCLI's args parameter is intended.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+)
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list"}
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """The UserError that an exception is, or was raised from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError):
+            wrapped = WORKER.search(str(seen))
+            return UserError(wrapped[1]) if wrapped else seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def parsing_mistake(message: str, options: list[Option], fragments: list[Fragment]) -> str:
+    """The sentence for a message of jsonargparse about a value that does not fit its option."""
+    key = ".".join(_keys(message))
+    expected = [kind for kind in re.findall(r"Expected an? (.*?)(?:\. Got value: .*)?$", message, re.M) if kind]
+    expected = [kind for kind in expected if "NoneType" not in kind and "path" not in kind]
+    value = re.search(r"Got value: (.*)$", message, re.M) or re.search(r"Given value: (.*)$", message, re.M)
+    if key in ("trainer.callbacks", "trainer.logger"):
+        name = re.search(r"import path string: (\S+)", message)
+        unknown = f"'{name[1]}' is unknown; " if name else ""
+        return f"{key}: {unknown}give a list in a config file, or add one class with --{key}+ NAME"
+    if not expected or not key or value is None:
+        return _innermost(message)
+    typed = any(option.key.removesuffix("+") == key for option in options)
+    fragment = None if typed else origin(fragments, key)
+    where = f"--{key}" if typed else f"config file '{fragment.name}': {key}" if fragment else key
+    if value[1] == "None":
+        return f"{where} is left open; give it on the command line, --{key} VALUE"
+    given = value[1] if len(value[1]) <= LONGEST_VALUE else value[1][:LONGEST_VALUE] + "..."
+    return f"{where} is '{given}'; {_wanted(expected, given)}"
+
+
+def _keys(message: str) -> Iterator[str]:
+    for key in re.findall(r'Parser key "(.*?)"', message):
+        yield key.replace(".init_args", "")
+
+
+def _wanted(expected: list[str], given: str) -> str:
+    choices = [
+        choice for kind in expected for choice in re.findall(r"'([^']+)'", kind) if kind.startswith("typing.Lit")
+    ]
+    if choices:
+        near = difflib.get_close_matches(given, choices, 1, 0.6)
+        return f"choose from {', '.join(dict.fromkeys(choices))}" + (f" (did you mean {near[0]}?)" if near else "")
+    kinds = [re.sub(r"^<class '(.*)'>$", r"\1", kind).removeprefix("typing.") for kind in expected]
+    return "give " + " or ".join(dict.fromkeys(KINDS.get(kind, kind) for kind in kinds))
+
+
+def _innermost(message: str) -> str:
+    """The first line that says something, without what the parser says about its own types."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Problem with", "Expected a <class 'None")
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    useful = [line for line in lines if line and not line.startswith((*noise, 'Parser key "'))]
+    return useful[0] if useful else message
+
+
+def loading_mistake(message: str) -> str | None:
+    """The sentence for a checkpoint whose weights do not fit the net; None for other messages."""
+    found = UNLOADABLE.search(message)
+    if found is None:
+        return None
+    return (
+        f"the checkpoint does not fit this {found[1]}: {found[2].splitlines()[0].strip()[:200]}; "
+        "leave -c and --model out to use the settings of the checkpoint's own run"
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning says about itself."""
+    names = ("lightning", "lightning.pytorch", "lightning.fabric")
+    before = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        for pattern in NOISE:
+            warnings.filterwarnings("ignore", pattern)
+        for name in names:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def mistakes(options: list[Option], fragments: list[Fragment]) -> Iterator[None]:
+    """Exceptions that a user's mistake causes become UserErrors; all others pass."""
+    try:
+        yield
+    except (argparse.ArgumentError, MisconfigurationException, ValueError, RuntimeError) as error:
+        found = find_user_error(error)
+        if found is not None:
+            raise found from error
+        message = str(error)
+        if isinstance(error, argparse.ArgumentError) or "Does not validate against" in message:
+            raise UserError(parsing_mistake(message, options, fragments)) from error
+        unloadable = loading_mistake(message)
+        if isinstance(error, MisconfigurationException) or unloadable is not None:
+            raise UserError(unloadable or ADVERTISEMENT.sub("", message)) from error
+        raise

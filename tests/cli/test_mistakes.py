@@ -1,0 +1,191 @@
+"""A mistake in the input: one sentence on stderr, exit code 2, nothing left behind, nothing trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import encode_png
+
+from moa_lightning.cli import main
+from moa_lightning.errors import UserError
+from moa_lightning.mistakes import find_user_error
+from tests.cli.conftest import MAE, TEXT, VISION, Moa
+
+FIT = f"{MAE} --trainer.max_steps 2 --run_dir run"
+WRITE = f"{TEXT} --trainer.max_steps 2 --run_dir run"
+DINO = "fit -c configs/vision/dino_tiny.yaml -c configs/data/mnist5k.yaml --trainer.max_steps 2 --run_dir run"
+FOLDER = "fit -c configs/vision/mae_tiny.yaml -c configs/data/image_folder.yaml --trainer.max_steps 2 --run_dir run"
+SHARDS = "fit -c configs/vision/mae_tiny.yaml -c configs/data/image_shards.yaml --trainer.max_steps 2 --run_dir run"
+
+FILES = {
+    "key.yaml": "trainer:\n  max_step: 3\n",
+    "deep.yaml": "model:\n  init_args:\n    ffn:\n      gat: tanh\n",
+    "view.yaml": "data:\n  init_args:\n    transform: {init_args: {scal: [0.1, 1.0]}}\n",
+    "top.yaml": "trianer:\n  max_steps: 3\n",
+    "type.yaml": "model:\n  init_args:\n    optimizer: {lr: fast}\n",
+    "broken.yaml": "model:\n  init_args: {ffn: {gate: tanh}\n",
+    "list.yaml": "- a\n",
+    "level.yaml": "model:\n  ffn: {gate: tanh}\n",
+    "bad.tar": "this is no archive " * 99,
+    "short.txt": "too short\n",
+}
+
+
+@pytest.fixture(autouse=True)
+def _input_files() -> None:
+    for name, content in FILES.items():
+        Path(name).write_text(content)
+    Path("empty").mkdir()
+    torch.save({"weights": torch.zeros(2)}, "foreign.ckpt")
+    Path("words.txt").write_text("some words to learn from\n" * 60)
+
+
+CASES = {
+    # names
+    "activation": (f"{FIT} --model.ffn.activation gelo", ["ffn.activation 'gelo'", "leaky_relu"]),
+    "dictionary": (f"{FIT} --model.ffn.mixing la --model.ffn.dictionary [gelu,silo]", ["'silo'", "silu"]),
+    "gate": (f"{FIT} --model.ffn.gate tan", ["--model.ffn.gate is 'tan'", "did you mean tanh?"]),
+    "backbone": (f"{FIT} --model.backbone vit_foo", ["'vit_foo'"]),
+    "task": (f"{FIT} --model MAEE", ["--model 'MAEE'", "did you mean MAE?"]),
+    "data": (f"{FIT} --data Imagez", ["--data 'Imagez'", "did you mean Images?"]),
+    "view": (f"{FIT} --data.transform Foo", ["--data.transform 'Foo'", "MultiCrop, SingleView"]),
+    "command": ("fitt", ["'fitt'", "fit, validate"]),
+    "module": (f"{FIT} --import no_such_module", ["--import 'no_such_module'"]),
+    "callback": (f"{FIT} --trainer.callbacks+ Foo", ["trainer.callbacks", "'Foo' is unknown"]),
+    "help": ("fit --model.help MAEE", ["did you mean MAE?"]),
+    # config files
+    "no file": (f"{FIT} -c nope.yaml", ["config file 'nope.yaml'", "working folder"]),
+    "key": (f"{FIT} -c key.yaml", ["config file 'key.yaml': trainer.max_step ", "did you mean trainer.max_steps?"]),
+    "deep key": (f"{FIT} -c deep.yaml", ["'deep.yaml': model.ffn.gat ", "did you mean model.ffn.gate?"]),
+    "view key": (f"{FIT} -c view.yaml", ["data.transform.scal ", "of SingleView", "data.transform.scale?"]),
+    "top key": (f"{FIT} -c top.yaml", ["'top.yaml': trianer ", "did you mean trainer?"]),
+    "type in file": (f"{FIT} -c type.yaml", ["'type.yaml': model.optimizer.lr is 'fast'; give a number"]),
+    "no YAML": (f"{FIT} -c broken.yaml", ["'broken.yaml', line 3 is not valid YAML"]),
+    "no mapping": (f"{FIT} -c list.yaml", ["'list.yaml' must hold keys and values"]),
+    "level": (f"{FIT} -c level.yaml", ["model.ffn is not an option; write it under model.init_args"]),
+    # command line
+    "option": (f"{FIT} --trainer.max_step 3", ["--trainer.max_step ", "--trainer.max_steps?"]),
+    "no abbreviation": (f"{FIT} --model.ffn.activatio silu", ["did you mean --model.ffn.activation?"]),
+    "group": (f"{FIT} --trainr.max_steps 3", ["did you mean --trainer.max_steps?"]),
+    "no group": (f"{FIT} --max_steps 3", ["did you mean --trainer.max_steps?"]),
+    "other task": (f"{FIT} --model.gpt.depth 3", ["--model.gpt.depth is not an option of MAE"]),
+    "type": (f"{FIT} --data.batch_size x", ["--data.batch_size is 'x'; give a whole number"]),
+    "no value": (f"{FIT} --trainer.max_steps", ["--trainer.max_steps needs a value"]),
+    "stray word": (f"{FIT} extra", ["'extra' belongs to no option"]),
+    "nothing": ("fit", ["no model is named", "DINO, LanguageModeling, MAE"]),
+    "no data": ("fit --model MAE", ["no data is named", "Images"]),
+    "no end": ("fit --model MAE --data Images", ["the run has no end", "--trainer.max_steps"]),
+    # numbers
+    "rate": (f"{FIT} --model.optimizer.lr -1", ["lr > 0"]),
+    "mask": (f"{FIT} --model.mask_ratio 1.5", ["mask_ratio 1.5"]),
+    "fraction": (f"{FIT} --data.val_fraction 2", ["val_fraction 2.0"]),
+    "steps": (f"{FIT} --trainer.max_steps 0", ["trainer.max_steps is 0"]),
+    "accumulate": (f"{FIT} --trainer.accumulate_grad_batches 0", ["trainer.accumulate_grad_batches is 0"]),
+    "clip": (f"{FIT} --trainer.gradient_clip_val -1", ["trainer.gradient_clip_val is -1"]),
+    "interval": (f"{FIT} --trainer.val_check_interval 0", ["trainer.val_check_interval is 0"]),
+    "limit": (f"{FIT} --trainer.limit_val_batches 2.5", ["2.5", "limit_val_batches"]),
+    "precision": (f"{FIT} --trainer.precision foo", ["--trainer.precision is 'foo'", "bf16-mixed"]),
+    "strategy": (f"{FIT} --trainer.strategy foo", ["strategy='foo'"]),
+    "devices": (f"{FIT} --trainer.devices 9999", ["trainer.devices is 9999", "CPU cores"]),
+    "no device": (f"{FIT} --trainer.devices 0", ["trainer.devices is 0"]),
+    # data
+    "too large a batch": (f"{FIT} --data.batch_size 99999", ["batch_size is 99999", "samples"]),
+    "missing images": (f"{FOLDER} --data.source nowhere", ["'nowhere'"]),
+    "no images": (f"{FOLDER} --data.source empty", ["empty", "no images"]),
+    "images left open": (FOLDER, ["data.source is left open"]),
+    "missing text": (f"{WRITE} --data.source nowhere", ["'nowhere'"]),
+    "no text": (f"{WRITE} --data.source empty", ["empty", "no files"]),
+    "short text": (f"{WRITE} --data.source short.txt --data.context_length 64", ["bytes", "context_length 64"]),
+    "no tar": (f"{SHARDS} --data.train bad.tar --data.val bad.tar --data.image_size 28", ["bad.tar", "tar"]),
+    "shards left open": (SHARDS, ["train"]),
+    "text for vision": (f"{TEXT.replace('language/gpt_tiny', 'vision/mae_tiny')}", ["TextFiles"]),
+    "images for text": ("fit --model LanguageModeling --data Images --trainer.max_steps 2", ["is images"]),
+    "one view": (f"{DINO} --data.transform SingleView", ["DINO", "--data.transform MultiCrop"]),
+    # checkpoints
+    "no checkpoint": (f"{FIT} --ckpt_path nope.ckpt", ["'nope.ckpt' does not exist"]),
+    "no archive": (f"{FIT} --ckpt_path short.txt", ["'short.txt' is not a checkpoint"]),
+    "foreign": (f"{FIT} --ckpt_path foreign.ckpt", ["'foreign.ckpt' is not a checkpoint"]),
+    "last of nothing": (f"{FIT} --ckpt_path last", ["'run' holds no checkpoints/last.ckpt"]),
+    "last of what": (f"fit {VISION} --ckpt_path last", ["--ckpt_path last needs --run_dir"]),
+    "validate what": ("validate", ["moa validate needs --ckpt_path"]),
+    "no config": ("test --ckpt_path foreign.ckpt", ["no config.yaml lies beside 'foreign.ckpt'"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(moa: Moa, case: str) -> None:
+    line, parts = CASES[case]
+    before = set(Path().rglob("*"))
+    outcome = moa(line)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("moa: ")
+    assert outcome.err.count("\n") == 1
+    assert len(outcome.err) < 500
+    for part in parts:
+        assert part in outcome.err
+    # an index beside the shards is the data's own cache
+    assert set(Path().rglob("*")) - before <= {Path("bad.tar.index.json")}
+
+
+def test_images_of_mixed_size_are_named_before_a_step_is_taken(moa: Moa) -> None:
+    Path("mixed").mkdir()
+    for number in range(30):
+        pixels = torch.full((3, 28 + number % 2, 32), 9 * number % 255, dtype=torch.uint8)
+        Path(f"mixed/{number}.png").write_bytes(encode_png(pixels).numpy().tobytes())
+    Path("whole.py").write_text(
+        "import data\nclass Whole(data.View):\n    def build(self, size):\n        return [lambda image: image]\n"
+    )
+    outcome = moa(f"{FOLDER} --data.source mixed --data.image_size 28 --import whole --data.transform whole.Whole")
+    assert outcome.code == 2
+    assert "images of different size" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not Path("run").exists()
+
+
+def test_a_second_run_into_a_folder_is_refused_and_changes_nothing(moa: Moa) -> None:
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("model: {}\n")
+    outcome = moa(FIT)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "already holds a run; continue it with --ckpt_path last" in outcome.err
+    assert [path.name for path in Path("run").iterdir()] == ["config.yaml"]
+
+
+def test_files_that_were_in_the_folder_survive_a_mistake(moa: Moa) -> None:
+    Path("run").mkdir()
+    Path("run/log.txt").write_text("mine")
+    assert moa(f"{FIT} --model.backbone vit_foo").code == 2
+    assert [path.name for path in Path("run").iterdir()] == ["log.txt"]
+
+
+def test_a_bug_keeps_its_traceback_and_leaves_no_folder() -> None:
+    Path("buggy.py").write_text(
+        "import tasks\nclass Buggy(tasks.MAE):\n    def build(self, seed):\n        raise ZeroDivisionError('a bug')\n"
+    )
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main(f"{FIT} --import buggy --model Buggy".split())
+    assert not Path("run").exists()
+
+
+def test_a_module_that_fails_to_import_another_keeps_its_traceback() -> None:
+    Path("incomplete.py").write_text("import a_package_that_is_not_there\n")
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+        main(f"{FIT} --import incomplete".split())
+
+
+def test_a_mistake_found_by_a_data_worker_is_the_sentence_alone() -> None:
+    trace = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\n"
+    found = find_user_error(UserError(f"{trace}moa_lightning.errors.UserError: image 3 is broken"))
+    assert str(found) == "image 3 is broken"
+
+
+def test_a_mistake_behind_other_exceptions_is_found() -> None:
+    try:
+        try:
+            raise UserError("the reason")
+        except UserError as error:
+            raise RuntimeError("wrapped") from error
+    except RuntimeError as error:
+        assert str(find_user_error(error)) == "the reason"
+    assert find_user_error(RuntimeError("alone")) is None

@@ -1,0 +1,225 @@
+"""Student and teacher on every family: batches of crops, the average, the head, gradients, attention, costs."""
+
+import io
+
+import pytest
+import torch
+
+from moa_lightning import FFNConfig
+from moa_lightning.errors import UserError
+from moa_lightning.models import SelfDistillation
+from moa_lightning.models.attention import class_attention
+from moa_lightning.models.dino import DINOHead, group_by_size
+from tests.models.families import FAMILIES, IMAGE, NOT_PLAIN, SMALL, images
+from tests.models.nets import FFNS, assert_same_where_shapes_agree, counted_flops, fragment, shake, start
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def dino(name: str = FAMILIES[0], ffn: str = "gelu", seed: int = 0, **options) -> SelfDistillation:
+    sizes = {"out_dim": 10, "hidden_dim": 12, "bottleneck_dim": 6, "drop_path_rate": 0.0, **options}
+    return SelfDistillation(name, SMALL, fragment(ffn), IMAGE, 3, seed=seed, **sizes)
+
+
+def views(batch: int = 2) -> list[torch.Tensor]:
+    """Two global crops, then three local ones."""
+    return [images(batch, 3, size, seed) for seed, size in enumerate((IMAGE, IMAGE, 8, 8, 8))]
+
+
+@every_family
+def test_one_pass_per_size_equals_a_pass_per_crop(name: str) -> None:
+    net = shake(dino(name))
+    passes = []
+    net.student.backbone.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    together = net.student(views())
+    assert passes == [4, 6]
+    separate = torch.cat([net.student([view]) for view in views()])
+    assert torch.allclose(together, separate, rtol=0, atol=1e-5)
+    assert not torch.allclose(together[:2], together[2:4], rtol=0, atol=2e-4)
+
+
+def test_grouping_keeps_the_order_of_the_views() -> None:
+    sizes = [16, 16, 8, 16, 8, 8]
+    groups = group_by_size([torch.full((1, 1, size, size), float(i)) for i, size in enumerate(sizes)])
+    assert [[int(v.flatten()[0]) for v in group] for group in groups] == [[0, 1], [2], [3], [4, 5]]
+
+
+@every_family
+def test_the_teacher_starts_as_the_student_and_gets_no_gradient(name: str) -> None:
+    net = dino(name, "moa_gated_both").train()
+    student, teacher = net.student.state_dict(), net.teacher.state_dict()
+    assert all(torch.equal(student[n], teacher[n]) for n in student | teacher)
+    assert not {p.data_ptr() for p in net.student.parameters()} & {p.data_ptr() for p in net.teacher.parameters()}
+    out, target = net(views())
+    assert out.shape == (10, 10)
+    assert torch.allclose(out[:4].detach(), target, atol=1e-6)
+    assert not target.requires_grad
+    out.square().sum().backward()
+    assert all(p.grad is None and not p.requires_grad for p in net.teacher.parameters())
+
+
+@every_family
+def test_gradient_reaches_every_parameter_of_the_student(name: str) -> None:
+    net = shake(dino(name, norm_last_layer=False), scale=0.1)
+    student, teacher = net(views())
+    (-(teacher / 0.1).softmax(-1).repeat(3, 1)[:10] * student.log_softmax(-1)).sum().backward()
+    assert not [n for n, p in net.student.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+def test_gradient_reaches_every_parameter_of_every_ffn(ffn: str) -> None:
+    net = shake(dino(ffn=ffn), scale=0.1)
+    net(views())[0].logsumexp(-1).sum().backward()
+    assert not [n for n, p in net.student.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_the_teacher_is_a_running_average_of_the_student() -> None:
+    net = dino(ffn="moa")
+    old = start(net.teacher)
+    shake(net.student)
+    new = start(net.student)
+    net.update_teacher(0.9)
+    once = start(net.teacher)
+    net.update_teacher(0.9)
+    twice = start(net.teacher)
+    moved = 0
+    for name in old:
+        assert torch.allclose(once[name], 0.9 * old[name] + 0.1 * new[name], atol=1e-6), name
+        assert torch.allclose(twice[name], 0.81 * old[name] + 0.19 * new[name], atol=1e-6), name
+        moved += not torch.equal(old[name], once[name])
+    assert moved == len(old)
+    assert all(torch.equal(new[name], value) for name, value in net.student.state_dict().items())
+
+
+def test_momentum_one_holds_the_teacher_and_zero_copies_the_student() -> None:
+    net = dino()
+    old = start(net.teacher)
+    shake(net.student)
+    net.update_teacher(1.0)
+    assert all(torch.equal(old[name], value) for name, value in net.teacher.state_dict().items())
+    net.update_teacher(0.0)
+    student = net.student.state_dict()
+    assert all(torch.equal(student[name], value) for name, value in net.teacher.state_dict().items())
+
+
+def test_outputs_are_cosines_with_unit_prototypes() -> None:
+    head, x = shake(DINOHead(5, 7, 12, 6)), torch.randn(20, 5)
+    codes, prototypes = head.mlp(x), head.last_layer.weight
+    expected = torch.cosine_similarity(codes[:, None], prototypes[None], dim=-1)
+    assert torch.allclose(head(x), expected, atol=1e-6)
+    with torch.no_grad():
+        prototypes *= 3
+    assert torch.allclose(head(x), expected, atol=1e-6)
+
+
+def test_learned_norms_scale_the_prototypes() -> None:
+    head, x = shake(DINOHead(5, 7, 12, 6, norm_last_layer=False)), torch.randn(20, 5)
+    cosine = torch.cosine_similarity(head.mlp(x)[:, None], head.last_layer.weight[None], dim=-1)
+    assert torch.allclose(head(x), cosine * head.last_layer.norm[:, 0], atol=1e-6)
+    assert DINOHead(5, 7).last_layer.norm is None
+
+
+def test_paths_are_dropped_in_the_student_only() -> None:
+    net = shake(dino(drop_path_rate=0.9)).train()
+    first, second = net(views(16)), net(views(16))
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not net.teacher.training
+
+
+@every_family
+def test_features_are_the_teachers(name: str) -> None:
+    net = shake(dino(name))
+    with torch.no_grad():
+        features = net.features(images())
+        assert features.shape == (2, 48)
+        shake(net.student, seed=1)
+        assert torch.equal(net.features(images()), features)
+        assert torch.equal(net.eval().features(images()), features)
+
+
+@every_family
+def test_starts_depend_on_seed_and_name_alone(name: str) -> None:
+    torch.manual_seed(1)
+    first = start(dino(name, "moa_paper"))
+    torch.manual_seed(2)
+    second, other = start(dino(name, "moa_paper")), start(dino(name, "moa_paper", seed=1))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    drawn = ("backbone.patch_embed.proj.weight", "head.mlp.0.weight", "head.last_layer.weight")
+    for n in drawn:
+        assert not torch.equal(first[f"student.{n}"], other[f"student.{n}"]), n
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+def test_variants_start_from_the_same_numbers(ffn: str) -> None:
+    trunk = {
+        "student.backbone.blocks.1.attn.qkv.weight",
+        "student.head.last_layer.weight",
+        "teacher.backbone.cls_token",
+    }
+    assert_same_where_shapes_agree(dino(), dino(ffn=ffn), trunk)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "siglip" not in name])  # attention pooling is left out
+def test_flops_are_those_that_torch_counts(name: str) -> None:
+    net = dino(name, "moa_gated_pairs")
+    student, teacher = net.flops_per_image([view.shape[-1] for view in views()])
+    one = views(1)
+    assert student == counted_flops(lambda: net.student(one))
+    assert teacher == counted_flops(lambda: net.teacher(one[:2]))
+
+
+@every_family
+def test_a_saved_state_gives_the_same_outputs(name: str) -> None:
+    first, second, file = shake(dino(name, "la")), dino(name, "la", seed=1), io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        outputs = zip(first.eval()(views()), second.eval()(views()), strict=True)
+    assert all(torch.equal(a, b) for a, b in outputs)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"])
+def test_class_attention_is_what_the_class_token_mixes(name: str) -> None:
+    """Shares of the patches; together with those of the prefix tokens they give the attention layer's own output."""
+    net = shake(dino(name))
+    attention = net.teacher.backbone.blocks[-1].attn
+    caught: dict[str, torch.Tensor] = {}
+    attention.register_forward_hook(lambda module, inputs, output: caught.update(x=inputs[0], y=output))
+    with torch.no_grad():
+        shares = class_attention(net, images())
+        assert shares.shape == (2, 4, 4, 4)
+        assert shares.min() >= 0
+        assert shares.sum((2, 3)).max() <= 1 + 1e-6
+        q, k, v = attention.qkv(caught["x"]).unflatten(-1, (3, 4, 12)).permute(2, 0, 3, 1, 4).double()
+        scores = (q[:, :, 0] * 12**-0.5)[:, :, None] @ k.mT  # (B, heads, 1, N)
+        row = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        prefix = net.teacher.backbone.num_prefix_tokens
+        assert torch.allclose(shares.flatten(2).double(), row[:, :, 0, prefix:], atol=1e-6)
+        mixed = attention.proj((row @ v)[:, :, 0].flatten(1).float())
+        assert torch.allclose(mixed, caught["y"][:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_medium_patch16_reg4_gap_256", "vit_small_patch16_dinov3"])
+def test_class_attention_is_left_out_where_it_has_no_meaning(name: str) -> None:
+    assert class_attention(dino(name), images()) is None
+
+
+def test_class_attention_leaves_no_hook_behind() -> None:
+    net = dino()
+    class_attention(net, images())
+    assert not net.teacher.backbone.blocks[-1].attn._forward_hooks
+
+
+def test_images_and_crops_that_do_not_divide_into_patches_are_refused() -> None:
+    with pytest.raises(UserError, match=r"18 pixels .* patches of 4"):
+        SelfDistillation(FAMILIES[0], SMALL, FFNConfig(), 18, 3, out_dim=8)
+    with pytest.raises(UserError, match=r"10 pixels .* patches of 4"):
+        dino()([*views()[:2], images(size=10)])
+
+
+@pytest.mark.parametrize(("name", "size"), NOT_PLAIN.items())
+def test_nets_that_take_no_crops_of_other_sizes_are_refused_by_name(name: str, size: int) -> None:
+    with pytest.raises(UserError, match=name):
+        SelfDistillation(name, {}, FFNConfig(), size, 3, out_dim=8)

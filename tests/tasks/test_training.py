@@ -1,0 +1,156 @@
+"""Every task with every kind of feed-forward layer: it trains, validates, and its checkpoint stands on its own."""
+
+import math
+
+import pytest
+import torch
+
+from moa_lightning.errors import UserError
+from tasks import MAE
+from tests.models.nets import fragment
+from tests.tasks.conftest import TASKS, data_for, task, trainer
+from tests.tasks.recorder import Recorder
+
+FFNS = ("gelu", "la", "moa", "moa_gated_both")
+METRICS = {
+    "language": {"val/loss", "val/perplexity", "val/bits_per_byte"},
+    "mae": {"val/loss", "val/knn_top1"},
+    "dino": {"val/knn_top1"},
+}
+
+
+def plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(plain, value))
+    return value is None or type(value) in (int, float, str, bool)
+
+
+def answer(model, batch) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(batch["tokens"] if "tokens" in batch else batch["image"])
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+@pytest.mark.parametrize("kind", TASKS)
+def test_five_steps_a_validation_and_a_checkpoint(kind: str, ffn: str, text, tmp_path) -> None:
+    model, recorder = task(kind, ffn, seed=3), Recorder()
+    run = trainer(5, tmp_path, callbacks=[recorder], limit_train_batches=5)
+    run.fit(model, datamodule=data_for(kind, text))
+    assert run.global_step == 5
+    assert len(recorder.losses) == 5
+    assert all(map(math.isfinite, recorder.losses))
+    metrics = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val/")}
+    assert metrics.keys() == METRICS[kind]
+    assert all(map(math.isfinite, metrics.values()))
+
+    path = tmp_path / "task.ckpt"
+    run.save_checkpoint(path)
+    loaded = type(model).load_from_checkpoint(path, weights_only=True)
+    assert loaded._trainer is None  # no data module either: the sizes are in the checkpoint
+    assert torch.equal(answer(loaded, recorder.batch), answer(model, recorder.batch))
+    hyper = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert plain(hyper)
+    assert hyper["ffn"]["mixing"] == model.ffn.mixing
+    assert hyper["seed"] == 3
+    assert None not in (hyper.get("vocab_size", 0), hyper.get("image_size", 0))
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_loss_falls(kind: str, text, tmp_path) -> None:
+    """DINO's loss rises while teacher and centre move, so there the student is to learn a teacher that stands still."""
+    recorder = Recorder()
+    held = {"teacher_momentum": 1.0, "center_momentum": 1.0, "teacher_temperature": 0.04, "freeze_last_layer": 0.0}
+    model = task(kind, "moa", **(held if kind == "dino" else {}))
+    trainer(40, tmp_path, callbacks=[recorder], limit_val_batches=0).fit(model, datamodule=data_for(kind, text))
+    first, last = (sum(part) / 5 for part in (recorder.losses[:5], recorder.losses[-5:]))
+    assert last < first * {"language": 0.8, "mae": 0.95, "dino": 0.8}[kind]
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_trainable_parameter_moves_and_only_those(kind: str, text, tmp_path) -> None:
+    """Two steps: where a projection starts at zero, what lies before it has its first gradient at the second."""
+    options = {"freeze_last_layer": 0.0} if kind == "dino" else {}
+    model, module = task(kind, "moa_gated_both", **options), data_for(kind, text)
+    before: dict[str, torch.Tensor] = {}
+    recorder = Recorder()
+    recorder.on_train_start = lambda *_: before.update({n: p.detach().clone() for n, p in model.net.named_parameters()})
+    trainer(3, tmp_path, callbacks=[recorder], limit_val_batches=0).fit(model, datamodule=module)
+    still = {n for n, p in model.net.named_parameters() if torch.equal(p, before[n])}
+    held = {n for n, p in model.net.named_parameters() if not p.requires_grad and not n.startswith("teacher")}
+    assert still == held
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_same_seed_gives_the_same_run(kind: str, text, tmp_path) -> None:
+    losses = []
+    for global_seed in (0, 1):
+        torch.manual_seed(global_seed)
+        recorder = Recorder()
+        run = trainer(3, tmp_path, callbacks=[recorder], limit_val_batches=0)
+        run.fit(task(kind, "moa_paper", seed=1), datamodule=data_for(kind, text))
+        losses.append(recorder.losses)
+    assert losses[0] == losses[1]
+
+
+def test_an_open_seed_is_the_runs_seed(text, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "11")
+    model, fixed = task("language"), task("language", seed=11)
+    for each in (model, fixed):
+        run = trainer(1, tmp_path, limit_train_batches=0, limit_val_batches=0)
+        run.fit(each, datamodule=data_for("language", text))
+    assert model.hparams["seed"] == 11
+    assert torch.equal(model.net.embed.weight, fixed.net.embed.weight)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_test_and_predict_run(kind: str, text, tmp_path) -> None:
+    model, module = task(kind), data_for(kind, text)
+    run = trainer(
+        1, tmp_path, limit_train_batches=1, limit_val_batches=0, limit_test_batches=2, limit_predict_batches=2
+    )
+    run.fit(model, datamodule=module)
+    run.test(model, datamodule=module, verbose=False)
+    assert {name for name in run.callback_metrics if name.startswith("test/")} == {
+        name.replace("val", "test") for name in METRICS[kind]
+    }
+    batches = run.predict(model, datamodule=module)
+    assert batches[0].keys() == ({"id", "loss"} if kind == "language" else {"id", "label", "features"})
+    assert torch.cat([batch["id"] for batch in batches]).tolist() == list(range(32))
+
+
+def test_sizes_given_and_taken_from_the_data_build_the_same_net(text, tmp_path) -> None:
+    taken, given = task("mae"), task("mae", image_size=28, channels=1, seed=0)
+    run = trainer(1, tmp_path, limit_train_batches=0, limit_val_batches=0)
+    run.fit(taken, datamodule=data_for("mae", text))
+    given.configure_model()
+    state = given.net.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in taken.net.state_dict().items())
+
+
+def test_a_decoder_may_have_a_feed_forward_layer_of_its_own(text, tmp_path) -> None:
+    model = task("mae", "moa", decoder_ffn=fragment("swiglu"))
+    run = trainer(1, tmp_path, limit_train_batches=1, limit_val_batches=0)
+    run.fit(model, datamodule=data_for("mae", text))
+    run.save_checkpoint(tmp_path / "task.ckpt")
+    for each in (model, MAE.load_from_checkpoint(tmp_path / "task.ckpt", weights_only=True)):
+        assert all(block.mlp.config == fragment("moa") for block in each.net.encoder.blocks)
+        assert all(block.mlp.config == fragment("swiglu") for block in each.net.decoder.blocks)
+
+
+def test_a_run_without_a_countable_end_is_refused(text, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"trainer\.max_steps"):
+        trainer(-1, tmp_path, max_epochs=-1).fit(task("language"), datamodule=data_for("language", text))
+
+
+def test_dino_needs_two_views(text, tmp_path) -> None:
+    with pytest.raises(UserError, match="two views"):
+        trainer(1, tmp_path).fit(task("dino"), datamodule=data_for("mae", text))
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_size_that_nobody_gives_is_an_error_that_names_it(kind: str) -> None:
+    with pytest.raises(UserError, match="vocab_size" if kind == "language" else "image_size"):
+        task(kind).configure_model()
