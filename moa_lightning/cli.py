@@ -179,7 +179,7 @@ def import_module(name: str) -> None:
 
 
 def resolve_precision(config: dict[str, Any], options: "list[Option]") -> "tuple[list[Option], list[str]]":
-    """Put the precision that `auto` means into the config; returns the other options and a line that says so."""
+    """Put the precision in use into the config, `auto` resolved; returns the other options and a line about `auto`."""
 
     def given(key: str) -> Any:
         try:
@@ -187,11 +187,13 @@ def resolve_precision(config: dict[str, Any], options: "list[Option]") -> "tuple
         except KeyError:
             return None
 
-    if given("trainer.precision") != "auto":
-        return options, []
-    precision, why = auto_precision(str(given("trainer.accelerator") or "auto"))
-    config["trainer"] = {**(config.get("trainer") or {}), "precision": precision}
-    return [o for o in options if o.key != "trainer.precision"], [f"precision auto is {precision}: {why}"]
+    if given("trainer.precision") == "auto":
+        precision, why = auto_precision(str(given("trainer.accelerator") or "auto"))
+        config["trainer"] = {**(config.get("trainer") or {}), "precision": precision}
+        return [o for o in options if o.key != "trainer.precision"], [f"precision auto is {precision}: {why}"]
+    if "precision" in (config.get("trainer") or {}):  # the parser does not know `auto`, even where it is overruled
+        config["trainer"] = {**config["trainer"], "precision": given("trainer.precision")}
+    return options, []
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Tree:
         self.roots, self.config, self.fragments, self.default_classes = roots, config, fragments, default_classes
         self.notes: list[str] = []
         self.replaced: list[str] = []
+        self.typed: set[str] = set()
 
     def enter_classes(self, options: list[Option]) -> list[Option]:
         """Move `--model MAE` and its like from the command line into the config; returns the other options."""
@@ -64,7 +65,7 @@ class Tree:
                 self._set(key, None)
             else:
                 found = find_class(kind, option.value, f"--{key}")
-                self._set(f"{key}.class_path", f"{found.__module__}.{found.__qualname__}")
+                self._set(f"{key}.class_path", import_path(found))
         for path, name in self.default_classes.items():
             if _class_of(self.config, path) is None and (
                 any(option.key.startswith(f"{path}.") for option in rest) or _has_arguments(self.config, path)
@@ -79,7 +80,7 @@ class Tree:
             base = self.roots.get(key.removesuffix(".help"))
             if isinstance(base, type) and value is not None:
                 found = find_class(base, value, f"--{key}")
-                value = f"{found.__module__}.{found.__qualname__}"
+                value = import_path(found)
             answers.append(Option(key, None if key == "help" else value))
         return answers
 
@@ -88,6 +89,7 @@ class Tree:
 
         Options that belong to a class which a later file or the command line replaced are left out, with a note.
         """
+        self.typed = {option.key for option in options}
         for name, kind in self.roots.items():
             if _is_base(kind):
                 self._class_at(kind, name)
@@ -125,7 +127,7 @@ class Tree:
                 return Any
             if part not in names:
                 raise UserError(f"{shown} is not an option{self._advice(key, kind, path, names, shown[:2] == '--')}")
-            kind = names[part]
+            kind = _without_none(names[part])
         return kind
 
     def _names(self, kind: Any, path: str) -> Mapping[str, Any] | None:
@@ -155,7 +157,9 @@ class Tree:
         for key in list(inside):
             child = f"{path}.{key}" if path else str(key)
             if key in names:
-                self._walk(names[key], inside[key], child)
+                if inside[key] is None and _refuses_none(names[key]) and child not in self.typed:
+                    raise UserError(f"{self._where(child)} is left open; give it: --{child} VALUE")
+                self._walk(_without_none(names[key]), inside[key], child)
             elif _is_base(kind) and self._replaced(kind, path, child):
                 self.replaced.append(child)
                 del inside[key]
@@ -196,7 +200,7 @@ class Tree:
         for name, child in (names or {}).items():
             key = f"{path}.{name}" if path else name
             yield key
-            yield from self._keys(child, node, key)
+            yield from self._keys(_without_none(child), node, key)
 
 
 def _class_of(config: dict[str, Any], path: str) -> str | None:
@@ -235,6 +239,13 @@ def find_class(base: type, name: str, where: str) -> type:
     )
 
 
+def import_path(cls: type) -> str:
+    """The dotted name of a class: in its package, where that exports it, else in its module."""
+    package = cls.__module__.partition(".")[0]
+    exported = getattr(sys.modules[package], cls.__name__, None) is cls
+    return f"{package if exported else cls.__module__}.{cls.__qualname__}"
+
+
 def class_names(base: type) -> list[str]:
     """Short names of the classes that a user may choose: those that base's package exports, and the user's own."""
     package = sys.modules[base.__module__.partition(".")[0]]
@@ -264,12 +275,14 @@ def _parameters(cls: Any) -> dict[str, Any] | None:
     """Names and types that a constructor takes; None where it takes any."""
     if is_dataclass(cls):
         hints = get_type_hints(cls)
-        return {field.name: _without_none(hints[field.name]) for field in fields(cls)}
+        return {field.name: hints[field.name] for field in fields(cls)}
+    if cls.__init__ is object.__init__:
+        return {}
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return None
     hints = get_type_hints(cls.__init__)
-    return {parameter.name: _without_none(hints.get(parameter.name, Any)) for parameter in parameters}
+    return {parameter.name: hints.get(parameter.name, Any) for parameter in parameters}
 
 
 def _without_none(kind: Any) -> Any:
@@ -278,3 +291,8 @@ def _without_none(kind: Any) -> Any:
         return kind
     rest = [part for part in get_args(kind) if part is not NoneType]
     return rest[0] if len(rest) == 1 else kind
+
+
+def _refuses_none(kind: Any) -> bool:
+    """Whether null is no value of a type: of a class or union without None, not of what is untyped."""
+    return kind is not None and kind is not Any and NoneType not in get_args(kind)

@@ -18,7 +18,8 @@ SMALL = (
 MAE = f"fit {VISION} {SMALL} --trainer.val_check_interval 3"
 TEXT = (
     "fit -c configs/language/gpt_tiny.yaml -c configs/data/text_files.yaml --trainer.accelerator cpu "
-    "--data.source words.txt --data.context_length 16 --data.batch_size 4 --model.gpt.depth 1 --trainer.log_every_n_steps 1"
+    "--data.source words.txt --data.context_length 16 --data.batch_size 4 --model.gpt.depth 1 "
+    "--trainer.log_every_n_steps 1"
 )
 
 
