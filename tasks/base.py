@@ -11,6 +11,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 
 from moa_lightning.errors import UserError
@@ -67,7 +68,8 @@ class Task(L.LightningModule):
             return
         if self.seed is None:
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
-        self.net = self.build(self.seed)
+        with torch.random.fork_rng(devices=[]):  # what a variant's net draws must not shift the run's random numbers
+            self.net = self.build(self.seed)
         if self.compile_net:
             compile_blocks(self.net)
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):

@@ -13,7 +13,7 @@ from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.losses import DINOLoss
 from moa_lightning.models import SelfDistillation
-from moa_lightning.models.attention import class_attention
+from moa_lightning.models.attention import attention_maps
 from moa_lightning.optim import OptimizerConfig, cosine_schedule
 
 from .base import as_config
@@ -155,10 +155,10 @@ class DINO(SelfSupervised):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Rows: the images, then where the class token of the teacher's last block attends, one row a head."""
+        """Rows: the images, then where the teacher's last block looks, one row a head."""
         images = batch["image"][:PICTURES]
         with self.trainer.precision_plugin.forward_context():
-            attention = class_attention(self.net, images)  # (B, heads, rows, columns)
+            attention = attention_maps(self.net, images)  # (B, heads, rows, columns)
         if attention is None:
             return {}
         data = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -71,7 +71,6 @@ class Throughput(L.Callback):
         self._clock = TrainingClock()
         self._samples = self._tokens = 0
         self._points: deque[_Point] = deque(maxlen=self.window + 1)
-        self._flops_per_sample = watched(pl_module).flops_per_sample()
         peak = peak_flops(trainer.strategy.root_device, str(trainer.precision))
         self._peak = None if peak is None else peak * trainer.world_size
 
@@ -93,11 +92,12 @@ class Throughput(L.Callback):
             synchronize(trainer)
             self._points.append(_Point(self._clock.seconds, trainer.global_step, self._samples, self._tokens))
             if len(self._points) > 1:
-                log_scalars(trainer, self._measures(self._points[0], self._points[-1]))
+                flops = task.flops_per_sample()  # asked here because a task may learn its view sizes from the batches
+                log_scalars(trainer, self._measures(self._points[0], self._points[-1], flops))
 
-    def _measures(self, first: _Point, last: _Point) -> dict[str, float]:
+    def _measures(self, first: _Point, last: _Point, flops_per_sample: float) -> dict[str, float]:
         seconds, samples = last.seconds - first.seconds, last.samples - first.samples
-        flops_per_second = samples * self._flops_per_sample / seconds
+        flops_per_second = samples * flops_per_sample / seconds
         measures = {"perf/step_seconds": seconds / (last.steps - first.steps)}
         if last.tokens > 0:
             measures["perf/tokens_per_second"] = (last.tokens - first.tokens) / seconds

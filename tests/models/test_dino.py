@@ -8,7 +8,7 @@ import torch
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.models import SelfDistillation
-from moa_lightning.models.attention import class_attention
+from moa_lightning.models.attention import attention_maps
 from moa_lightning.models.dino import DINOHead, group_by_size
 from tests.models.families import FAMILIES, IMAGE, NOT_PLAIN, SMALL, images
 from tests.models.nets import FFNS, assert_same_where_shapes_agree, counted_flops, fragment, shake, start
@@ -188,7 +188,7 @@ def test_class_attention_is_what_the_class_token_mixes(name: str) -> None:
     caught: dict[str, torch.Tensor] = {}
     attention.register_forward_hook(lambda module, inputs, output: caught.update(x=inputs[0], y=output))
     with torch.no_grad():
-        shares = class_attention(net, images())
+        shares = attention_maps(net, images())
         assert shares.shape == (2, 4, 4, 4)
         assert shares.min() >= 0
         assert shares.sum((2, 3)).max() <= 1 + 1e-6
@@ -201,14 +201,27 @@ def test_class_attention_is_what_the_class_token_mixes(name: str) -> None:
         assert torch.allclose(mixed, caught["y"][:, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vit_medium_patch16_reg4_gap_256", "vit_small_patch16_dinov3"])
-def test_class_attention_is_left_out_where_it_has_no_meaning(name: str) -> None:
-    assert class_attention(dino(name), images()) is None
+def test_attention_without_a_class_token_is_the_mean_over_the_patches() -> None:
+    net = shake(dino("vit_medium_patch16_reg4_gap_256"))
+    backbone = net.teacher.backbone
+    attention = backbone.blocks[-1].attn
+    caught: list[torch.Tensor] = []
+    attention.register_forward_hook(lambda module, inputs, output: caught.append(inputs[0]))
+    with torch.no_grad():
+        shares = attention_maps(net, images())
+        q, k, _ = attention.qkv(caught[0]).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).double()
+        weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)  # (B, heads, N, N)
+    prefix = backbone.num_prefix_tokens
+    assert torch.allclose(shares.flatten(2).double(), weights[:, :, prefix:, prefix:].mean(2), atol=1e-6)
 
 
-def test_class_attention_leaves_no_hook_behind() -> None:
+def test_attention_is_left_out_for_rotary_positions() -> None:
+    assert attention_maps(dino("vit_small_patch16_dinov3"), images()) is None
+
+
+def test_attention_leaves_no_hook_behind() -> None:
     net = dino()
-    class_attention(net, images())
+    attention_maps(net, images())
     assert not net.teacher.backbone.blocks[-1].attn._forward_hooks
 
 
