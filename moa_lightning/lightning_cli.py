@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from rich.console import Console
 
@@ -180,6 +181,10 @@ class MoaCLI(LightningCLI):
             raise
         except (ValueError, TypeError) as error:  # the Trainer's own check of its options
             raise UserError(f"trainer: {error}") from error
+        checkpoint = self._get(self.config, "ckpt_path")
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if checkpoint and Path(checkpoint).is_dir() and not sharded:
+            raise UserError(f"checkpoint '{checkpoint}' is in shards; load it with --trainer.strategy fsdp2")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")

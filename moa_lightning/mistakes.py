@@ -31,6 +31,7 @@ NOISE = (
     ".*You are using a custom batch sampler.*",
     ".*Total length of `.*` across ranks is zero.*",
     ".*Cannot dispatch to fused implementation.*",
+    ".*Detected an existing checkpoint in .*overwriting.*",
     ".*The dirpath has changed from.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*callbacks used to create the checkpoint need to be provided.*",

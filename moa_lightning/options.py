@@ -119,7 +119,7 @@ class Tree:
         kind: Any = self.roots
         parts = key.split(".")
         for depth, part in enumerate(parts):
-            path = ".".join(parts[:depth])
+            path = ".".join(name for name in parts[:depth] if name not in CLASS_LEVELS)
             if part in ("class_path", *CLASS_LEVELS) and _is_base(kind):
                 continue
             names = self._names(kind, path)

@@ -11,6 +11,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moa_lightning.cli import main
 from tests.cli.conftest import MAE, TEXT, Moa
 
 
@@ -21,9 +22,10 @@ def validated_steps(run: str) -> list[int]:
 
 
 def events(run: str, tag: str) -> list[tuple[int, float]]:
-    accumulator = EventAccumulator(run)
+    """(step, value) in the order of writing; event files of one second have no order of their own."""
+    accumulator = EventAccumulator(run, purge_orphaned_data=False)
     accumulator.Reload()
-    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+    return [(e.step, e.value) for e in sorted(accumulator.Scalars(tag), key=lambda event: event.wall_time)]
 
 
 def saved_step(run: str) -> int:
@@ -99,6 +101,40 @@ def test_without_validation_data_the_last_step_is_saved_and_a_run_goes_on(moa: M
     outcome = moa("fit --run_dir run --ckpt_path last --trainer.max_steps 6")
     assert (outcome.code, saved_step("run")) == (0, 6)
     assert [step for step, _ in events("run", "train/loss")] == list(range(6))
+
+
+@pytest.fixture
+def stumbling() -> str:
+    """Options of a run that crashes when it has taken five steps."""
+    Path("stumble.py").write_text(
+        "import lightning as L\n"
+        "class Stumble(L.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.global_step == 5:\n"
+        "            raise ZeroDivisionError\n"
+    )
+    return "--import stumble --trainer.callbacks+ stumble.Stumble --trainer.max_steps 9 --trainer.val_check_interval 2"
+
+
+def test_a_crash_leaves_the_last_validated_step_also_where_it_is_not_the_best(stumbling: str) -> None:
+    with pytest.raises(ZeroDivisionError):
+        main(f"{MAE} {stumbling} --run_dir run --checkpoint.monitor val/loss --checkpoint.mode max".split())
+    assert saved_step("run") == 4
+    assert Path("run/checkpoints/step0000002.ckpt").exists()
+
+
+def test_a_crash_leaves_the_last_scheduled_step_without_validation_data(stumbling: str, words: None) -> None:
+    with pytest.raises(ZeroDivisionError):
+        main(f"{TEXT} {stumbling} --run_dir run --data.val_fraction 0".split())
+    assert saved_step("run") == 4
+
+
+def test_a_sharded_checkpoint_asks_for_its_strategy(moa: Moa) -> None:
+    Path("run/checkpoints/last.ckpt").mkdir(parents=True)
+    torch.save({"global_step": 3}, "run/checkpoints/last.ckpt/meta.pt")
+    outcome = moa(f"{MAE} --run_dir run --ckpt_path last --trainer.max_steps 4")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "is in shards; load it with --trainer.strategy fsdp2" in outcome.err
 
 
 def test_the_last_checkpoint_is_the_last_step_also_where_it_is_not_the_best(moa: Moa) -> None:
