@@ -40,7 +40,10 @@ SECONDS_OF_SILENCE = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0 done, 1 failed runs in a grid, 2 a mistake in the input."""
+    """Run a command line; returns the exit code.
+
+    0 done, 1 failed runs in a grid, 2 a mistake in the input, 130 and 143 stopped by Ctrl-C and by SIGTERM.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -50,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         _say(str(error))
         return 2
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as shells have it
 
 
 def _say(message: str) -> None:

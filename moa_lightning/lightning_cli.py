@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 import data
@@ -111,8 +112,12 @@ class MoaCLI(LightningCLI):
                 load_from_checkpoint_support=False,
                 args=arguments,
             )
-        except BaseException:
+        except BaseException as error:
             self._clean_up()
+            if isinstance(error, SIGTERMException):
+                raise SystemExit(128 + signal.SIGTERM) from error
+            if isinstance(error, SystemExit) and error.code == 1:  # Lightning's end after Ctrl-C
+                raise SystemExit(128 + signal.SIGINT) from error
             raise
         finally:
             os.environ.pop(RUN_DIR_VARIABLE, None)

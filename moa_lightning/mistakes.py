@@ -59,9 +59,7 @@ def parsing_mistake(message: str, options: list[Option], fragments: list[Fragmen
     expected = [kind for kind in expected if "NoneType" not in kind and "path" not in kind]
     value = re.search(r"Got value: (.*)$", message, re.M) or re.search(r"Given value: (.*)$", message, re.M)
     if key in ("trainer.callbacks", "trainer.logger"):
-        name = re.search(r"import path string: (\S+)", message)
-        unknown = f"'{name[1]}' is unknown; " if name else ""
-        return f"{key}: {unknown}give a list in a config file, or add one class with --{key}+ NAME"
+        return _list_mistake(key, message)
     if not expected or not key or value is None:
         return _innermost(message)
     typed = any(option.key.removesuffix("+") == key for option in options)
@@ -71,6 +69,17 @@ def parsing_mistake(message: str, options: list[Option], fragments: list[Fragmen
         return f"{where} is left open; give it on the command line, --{key} VALUE"
     given = value[1] if len(value[1]) <= LONGEST_VALUE else value[1][:LONGEST_VALUE] + "..."
     return f"{where} is '{given}'; {_wanted(expected, given)}"
+
+
+def _list_mistake(key: str, message: str) -> str:
+    """The sentence about callbacks or loggers: an unknown class, one that lacks its arguments, or no list at all."""
+    unknown = re.search(r"import path string: (\S+)", message)
+    lacking = re.search(r"class_path='(?:[\w.]*\.)?(\w+)', init_args=Namespace\((\w+)=None", message)
+    if unknown:
+        return f"{key}: '{unknown[1]}' is unknown; name a class of Lightning, or the dotted path of your own"
+    if lacking:
+        return f"{key}: {lacking[1]} needs its {lacking[2]}; add --{key}.{lacking[2]} VALUE"
+    return f"{key} is a list; give one in a config file, or add one class with --{key}+ NAME"
 
 
 def _keys(message: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -58,6 +59,13 @@ class RunReport(L.Callback):
         self._print(f"finished step {trainer.global_step} after {duration(self.clock.seconds)}{shown}")
         if self.run_dir is not None:
             self._print(f"tensorboard --logdir {shlex.quote(str(self.run_dir))}")
+
+    @rank_zero_only
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """After Ctrl-C or SIGTERM: how to go on."""
+        if self.trained and self.run_dir is not None and isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            again = f"moa fit --run_dir {shlex.quote(str(self.run_dir))} --ckpt_path last"
+            self._print(f"stopped after step {trainer.global_step}; the last checkpoint goes on with: {again}")
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False)

@@ -1,6 +1,7 @@
 """The command `moa` called in this process, in an empty folder, on one thread."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -39,9 +40,12 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An empty working folder, one thread, and no traces of a run in the environment."""
     monkeypatch.chdir(tmp_path)
     before, environment = torch.get_num_threads(), dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    for number, handler in handlers.items():  # Lightning leaves Ctrl-C switched off after one
+        signal.signal(number, handler)
     os.environ.clear()
     os.environ.update(environment)
 

@@ -98,7 +98,7 @@ def test_the_order_of_fragments_and_options_does_not_matter(moa: Moa) -> None:
     [
         "--model MAE --data Images -c configs/data/mnist5k.yaml -c configs/ffn/moa.yaml",
         "-c configs/ffn/moa.yaml --data.source mnist5k --data Images --data.transform.flip 0 --model=MAE",
-        "--model.class_path tasks.MAE -c configs/ffn/moa.yaml -c configs/data/mnist5k.yaml",
+        "--model.class_path tasks.MAE --model.init_args.seed 3 -c configs/ffn/moa.yaml -c configs/data/mnist5k.yaml",
     ],
 )
 def test_classes_go_by_short_names_wherever_they_stand(moa: Moa, line: str) -> None:

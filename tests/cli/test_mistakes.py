@@ -52,6 +52,10 @@ CASES = {
     "command": ("fitt", ["'fitt'", "fit, validate"]),
     "module": (f"{FIT} --import no_such_module", ["--import 'no_such_module'"]),
     "callback": (f"{FIT} --trainer.callbacks+ Foo", ["trainer.callbacks", "'Foo' is unknown"]),
+    "callback without argument": (
+        f"{FIT} --trainer.callbacks+ EarlyStopping",
+        ["EarlyStopping needs its monitor", "--trainer.callbacks.monitor"],
+    ),
     "help": ("fit --model.help MAEE", ["did you mean MAE?"]),
     # config files
     "no file": (f"{FIT} -c nope.yaml", ["config file 'nope.yaml'", "working folder"]),

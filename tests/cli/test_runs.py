@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,23 @@ def stumbling() -> str:
         "            raise ZeroDivisionError\n"
     )
     return "--import stumble --trainer.callbacks+ stumble.Stumble --trainer.max_steps 9 --trainer.val_check_interval 2"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_it_goes_on(moa: Moa, number: signal.Signals, code: int) -> None:
+    name = f"stop_{number.name.lower()}"  # modules stay imported from test to test
+    Path(f"{name}.py").write_text(
+        "import lightning as L, os\n"
+        "class Stop(L.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.global_step == 4:\n"
+        f"            os.kill(os.getpid(), {int(number)})\n"
+    )
+    outcome = moa(f"{MAE} --import {name} --trainer.callbacks+ {name}.Stop --trainer.max_steps 9 --run_dir run")
+    assert (outcome.code, outcome.err) == (code, "")
+    assert "the last checkpoint goes on with: moa fit --run_dir run --ckpt_path last" in outcome.out.splitlines()[-1]
+    assert saved_step("run") == 3
+    assert not Path("run/result.json").exists()
 
 
 def test_a_crash_leaves_the_last_validated_step_also_where_it_is_not_the_best(stumbling: str) -> None:

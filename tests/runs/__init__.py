@@ -1,0 +1,1 @@
+"""Whole runs through the real Trainer: golden curves, several processes, save and resume, sharding."""

@@ -1,0 +1,244 @@
+"""Tiny fits of the three tasks through the real Trainer, and a recorder of what happened in them.
+
+One process runs `PROGRAM` in a few seconds; every kind of run (one process, DDP, FSDP2) runs the same program, so what
+the tests compare differs in the strategy and in nothing else. The sizes are small, but whatever moves in a real run
+moves here: the learning rate, the teacher and its temperature, the centre, the weight decay, clipping; epochs end
+inside a run, and the checkpoint is taken inside an epoch. The text is the licence file, the same on every machine.
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import data
+import tasks
+from moa_lightning import FFNConfig
+from moa_lightning.callbacks import default_callbacks
+from moa_lightning.models import GPTConfig
+from moa_lightning.optim import OptimizerConfig
+
+ROOT = Path(__file__).parents[2]
+TASKS = ("language", "mae", "dino")
+FFNS = ("gelu", "la", "moa")
+FITS = [f"{task}-{ffn}" for task in TASKS for ffn in FFNS]
+ACCUMULATED = [f"{task}-moa" for task in TASKS]
+STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp2"}
+BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
+CLIP = 0.5
+BACKBONE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
+
+
+@dataclass
+class Record:
+    """What one process saw in a fit, by optimiser step or batch."""
+
+    loss: list[float] = field(default_factory=list)
+    """train/loss, over all processes"""
+    norm: list[float] = field(default_factory=list)
+    """of the gradient before clipping"""
+    clipped: list[float] = field(default_factory=list)
+    """of the gradient after clipping (and after the task took gradients away)"""
+    ids: list[list[int]] = field(default_factory=list)
+    """sample ids of this process's batches"""
+    rates: list[tuple[float, ...]] = field(default_factory=list)
+    """learning rate and weight decay of each parameter group"""
+    validations: list[dict[str, float]] = field(default_factory=list)
+    """val/ metrics of each validation"""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """the task's state at the end, in full"""
+    shares: dict[str, float] = field(default_factory=dict)
+    """numbers held by this process over numbers in all: parameters, optimiser state, coefficients of mixes"""
+    plain: list[str] = field(default_factory=list)
+    """parameters that are not sharded"""
+    result: dict[str, Any] = field(default_factory=dict)
+    """result.json of a watched fit"""
+    files: list[str] = field(default_factory=list)
+    """the other files in its folder"""
+
+
+class Recorder(L.Callback):
+    """Fills a Record."""
+
+    def __init__(self, stop_at: int | None) -> None:
+        self.record, self.stop_at = Record(), stop_at
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, index: int) -> None:
+        self.record.ids.append(batch["id"].tolist())
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, task: L.LightningModule, optimizer: Any) -> None:
+        self.record.norm.append(gradient_norm(task))
+        self.record.rates.append(tuple(g[key] for g in optimizer.param_groups for key in ("lr", "weight_decay")))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        self.record.loss.append(float(trainer.callback_metrics["train/loss"]))
+        self.record.clipped.append(gradient_norm(task))
+        if trainer.global_step == self.stop_at:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        self.record.validations.append({name: float(metrics[name]) for name in metrics if name.startswith("val/")})
+
+    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.record.weights = {name: full(value).clone() for name, value in task.state_dict().items()}
+        parameters = dict(task.named_parameters())
+        mixing = {n: p for n, p in parameters.items() if ".base" in n or ".gate_weight" in n}
+        moments = [v for state in trainer.optimizers[0].state.values() for v in state.values() if v.dim()]
+        groups = {"parameters": parameters.values(), "optimizer": moments, "mixing": mixing.values()}
+        self.record.shares = {name: share(list(values)) for name, values in groups.items() if values}
+        self.record.plain = [n for n, p in parameters.items() if not isinstance(p, DTensor)]
+
+
+def full(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def share(values: list[Tensor]) -> float:
+    local = sum((v.to_local() if isinstance(v, DTensor) else v).numel() for v in values)
+    return local / sum(v.numel() for v in values)
+
+
+def gradient_norm(task: L.LightningModule) -> float:
+    """Of all gradients as one vector, in float64: each process adds its shards, then the sums are added."""
+    gradients = [p.grad for p in task.parameters() if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    total = torch.stack([g.double().square().sum() for g in local]).sum()
+    if any(isinstance(g, DTensor) for g in gradients):
+        dist.all_reduce(total)
+    return float(total.sqrt())
+
+
+def make_task(task: str, ffn: str) -> tasks.Task:
+    values = yaml.safe_load((ROOT / "configs" / "ffn" / f"{ffn}.yaml").read_text())["model"]["init_args"]["ffn"]
+    config = FFNConfig(**values, hidden_ratio=2.0)
+    rate, decay = (2e-3, 0.2) if task == "dino" else (5e-3, 1.0)
+    optimizer = OptimizerConfig(lr=rate, weight_decay=decay, warmup_steps=5)
+    vision = {"backbone": "vit_tiny_patch16_224", "backbone_args": BACKBONE, "ffn": config, "optimizer": optimizer}
+    if task == "language":
+        return tasks.LanguageModeling(GPTConfig(depth=2, dim=32, num_heads=2), config, optimizer, seed=0)
+    if task == "mae":
+        return tasks.MAE(**vision, decoder_dim=32, decoder_depth=1, decoder_heads=2, seed=0)
+    return tasks.DINO(
+        **vision,
+        out_dim=64,
+        head_hidden_dim=128,
+        head_bottleneck_dim=32,
+        drop_path_rate=0.0,  # drawn by each process for itself: it cannot agree between world sizes
+        teacher_temperature=0.05,
+        teacher_momentum=0.8,
+        freeze_last_layer=0.1,
+        final_weight_decay=0.8,
+        seed=0,
+    )
+
+
+@cache
+def splits(task: str) -> dict[str, Any]:
+    """The data of a task, read once a process; 33 validation images leave one for two processes in the last batch."""
+    module = _data_module(task, BATCH)
+    module.setup()
+    return module.splits
+
+
+def make_data(task: str, batch_size: int) -> data.DataModule:
+    module = _data_module(task, batch_size)
+    module.splits = splits(task)  # their seed is the module's own
+    return module
+
+
+def _data_module(task: str, batch_size: int) -> data.DataModule:
+    if task == "language":
+        return data.TextFiles(str(ROOT / "LICENSE"), context_length=32, batch_size=batch_size, seed=0)
+    views = data.SingleView(flip=0.0) if task == "mae" else data.MultiCrop(local_crops=1, local_size=16)
+    return data.Images(
+        transform=views,
+        batch_size=batch_size,
+        bank_size=64,
+        max_val_samples=33,
+        val_fraction=0.45,
+        test_fraction=0.45,
+        seed=0,
+    )
+
+
+def fit(
+    kind: str,
+    name: str,
+    folder: Path,
+    accumulate: int = 1,
+    stop_at: int | None = None,
+    resume: Path | None = None,
+    save: bool = False,
+    watched: bool = False,
+) -> Record:
+    """One fit.
+
+    Args:
+        kind: "one", "ddp" or "fsdp".
+        name: "<task>-<ffn>".
+        folder: for the checkpoint.
+        accumulate: micro-batches of a step; the batch of a step stays the same.
+        stop_at: the step at which to stop short; the schedules are those of STEPS all the same.
+        resume: checkpoint to go on from.
+        save: write <folder>/half.ckpt after step SAVED_AT.
+        watched: with TensorBoard and the callbacks of `moa fit`.
+    """
+    task, _, ffn = name.partition("-")
+    recorder = Recorder(stop_at)
+    callbacks = [recorder, *(default_callbacks() if watched else [])]
+    if save:
+        callbacks.append(ModelCheckpoint(folder, "half", every_n_train_steps=SAVED_AT, save_on_train_epoch_end=False))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1 if kind == "one" else 2,
+        strategy=STRATEGIES[kind],
+        max_steps=STEPS,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=CLIP,
+        val_check_interval=STEPS // 2 * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        enable_checkpointing=save,
+        logger=TensorBoardLogger(folder.parent, name="", version=folder.name) if watched else False,
+        log_every_n_steps=4 * accumulate,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(
+        make_task(task, ffn), datamodule=make_data(task, BATCH // accumulate), ckpt_path=resume, weights_only=True
+    )
+    record = recorder.record
+    if watched:
+        trainer.strategy.barrier()  # the first process writes
+        record.result = json.loads((folder / "result.json").read_text())
+        record.files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return record
+
+
+def program(kind: str, folder: Path) -> dict[str, Record]:
+    """All fits of one kind: "<fit>", "<fit>/resumed" and "<fit>/accumulated"."""
+    torch.set_num_threads(1)
+    records = {}
+    for name in FITS:
+        records[name] = fit(kind, name, folder / name, save=True)
+        records[f"{name}/resumed"] = fit(kind, name, folder / name, resume=folder / name / "half.ckpt")
+    for name in ACCUMULATED:
+        watched = folder / f"{name}-accumulated"
+        records[f"{name}/accumulated"] = fit(kind, name, watched, accumulate=2, stop_at=ACCUMULATED_STEPS, watched=True)
+    return records

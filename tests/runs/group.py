@@ -1,0 +1,92 @@
+"""Starts a group of two processes for DDP or FSDP2 as torchrun would, one group for all fits, and never waits for ever.
+
+`python -m tests.runs.group KIND FOLDER` is what each process runs; environment variables say which one it is.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from .fits import ROOT, Record, program
+
+WORLD_SIZE = 2
+SECONDS = 240  # a group that takes longer hangs
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_group(kind: str, folder: Path) -> list[dict[str, Record]]:
+    """Run the program in two processes; returns the records of each rank.
+
+    Raises:
+        RuntimeError: a process failed or the group took too long; all of its processes are gone by then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = {
+        "WORLD_SIZE": str(WORLD_SIZE),
+        "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "TORCHELASTIC_RUN_ID": "tests",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    processes = []
+    for rank in range(WORLD_SIZE):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (folder / f"rank{rank}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.runs.group", kind, str(folder)],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        _wait(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    if any(process.returncode for process in processes):
+        logs = [(folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(WORLD_SIZE)]
+        codes = [process.returncode for process in processes]
+        raise RuntimeError(f"{kind}: exit codes {codes}\n" + "\n--- rank 1\n".join(logs))
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended, one has failed, or the time is up."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        codes = [process.poll() for process in processes]
+        if any(codes) or None not in codes:
+            return
+        time.sleep(0.1)
+
+
+def main(kind: str, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    records = program(kind, folder)
+    torch.save(records, folder / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
