@@ -83,7 +83,7 @@ class FileImages:
 
 
 def stratified_split(labels: Tensor, fractions: dict[str, float], seed: int) -> dict[str, Tensor]:
-    """Positions of each split, sorted: of every class the named fractions, the rest for "train".
+    """Positions of each split: of every class the named fractions, mixed; the rest for "train", sorted.
 
     Args:
         labels: int64 (N,).
@@ -100,7 +100,10 @@ def stratified_split(labels: Tensor, fractions: dict[str, float], seed: int) -> 
             parts[name].append(members[:count])
             members = members[count:]
         parts["train"].append(members)
-    return {name: torch.cat(part).sort().values for name, part in parts.items()}
+    train = torch.cat(parts.pop("train")).sort().values
+    held_out = {name: torch.cat(part) for name, part in parts.items()}
+    mixed = {name: p[torch.randperm(len(p), generator=generator)] for name, p in held_out.items()}
+    return {**mixed, "train": train}
 
 
 def read_mnist5k(channels: int, fractions: dict[str, float], seed: int) -> Source:

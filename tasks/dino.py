@@ -155,7 +155,8 @@ class DINO(SelfSupervised):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Rows: the images, then where the teacher's last block looks, one row a head."""
+        """Rows: the images, then where the teacher's last block looks, one row a head,
+        each map from its least (black) to its most (white)."""
         images = batch["image"][:PICTURES]
         with self.trainer.precision_plugin.forward_context():
             attention = attention_maps(self.net, images)  # (B, heads, rows, columns)
@@ -165,7 +166,8 @@ class DINO(SelfSupervised):
         shown = [picture(images, data.mean, data.std)]
         size = images.shape[-2:]
         for head in attention.float().cpu().unbind(1):
-            peak = head.amax((1, 2), keepdim=True).clamp_min(1e-12)
-            maps = F.interpolate((head / peak)[:, None], size=size, mode="nearest")
+            least, most = head.amin((1, 2), keepdim=True), head.amax((1, 2), keepdim=True)
+            scaled = (head - least) / (most - least).clamp_min(1e-12)
+            maps = F.interpolate(scaled[:, None], size=size, mode="nearest")
             shown.append(maps.expand(-1, 3, -1, -1))
         return {"attention": make_grid(torch.cat(shown), nrow=len(images), padding=1, pad_value=1.0)}
