@@ -56,13 +56,14 @@ class FFNConfig:
     base: Literal["trained", "held"] = "trained"
     """train α or hold it where it starts; the paper's MoA holds it"""
     hidden_ratio: float = 4.0
-    """hidden width of the baseline layer, a plain fixed one, in units of the model width"""
+    """hidden width of the baseline layer, a plain fixed one, in units of the model width; a layer that is swapped into
+    a net has the replaced layer as its baseline instead"""
     match: Literal["width", "parameters", "flops"] = "width"
     """what this layer has in common with that baseline: its hidden width, its parameters or its FLOPs"""
     multiple_of: int = 1
     """a matched hidden width is rounded to the nearest multiple of this; 64 and more suit accelerators"""
     bias: bool = True
-    """biases in the projections"""
+    """biases in the projections; a layer that is swapped into a net follows the replaced one"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dictionary", tuple(self.dictionary))

@@ -66,6 +66,8 @@ class Task(L.LightningModule):
     def configure_model(self) -> None:
         if self.net is not None:
             return
+        if self._trainer is not None and str(self.trainer.precision).startswith("16"):
+            raise UserError("float16 is not offered, its range is too small for squared activations: use bf16-mixed")
         if self.seed is None:
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
         with torch.random.fork_rng(devices=[]):  # what a variant's net draws must not shift the run's random numbers
@@ -78,6 +80,22 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.net, self.optimizer_config, self.total_steps)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer says. Lightning's own refuses a fused optimiser under mixed precision, because such a one
+        may unscale gradients; without a gradient scaler (bf16) there is nothing to unscale."""
+        if not gradient_clip_val:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     @property
     def total_steps(self) -> int:

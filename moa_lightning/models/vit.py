@@ -27,8 +27,10 @@ def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: i
         options: passed to timm.create_model (embed_dim, depth, num_heads, patch_size, drop_path_rate, ...).
 
     Raises:
-        UserError: unknown name, an option that the model does not take, nothing to swap.
+        UserError: unknown name, an option that the model does not take, nothing to swap, a hidden_ratio of our own.
     """
+    if ffn.hidden_ratio != FFNConfig().hidden_ratio:
+        raise UserError("the hidden width of a timm net is its own: set backbone_args.mlp_ratio, not ffn.hidden_ratio")
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise UserError(f"unknown timm model '{name}'" + (f"; similar names: {similar}" if similar else ""))

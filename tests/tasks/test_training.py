@@ -2,9 +2,11 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
 
+from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from tasks import MAE
 from tests.models.nets import fragment
@@ -143,6 +145,34 @@ def test_a_decoder_may_have_a_feed_forward_layer_of_its_own(text, tmp_path) -> N
 def test_a_run_without_a_countable_end_is_refused(text, tmp_path) -> None:
     with pytest.raises(UserError, match=r"trainer\.max_steps"):
         trainer(-1, tmp_path, max_epochs=-1).fit(task("language"), datamodule=data_for("language", text))
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_gradients_are_clipped_in_bf16_too(kind: str, text, tmp_path) -> None:
+    """With the optimiser's fused kernel, which Lightning's own clipping refuses under mixed precision."""
+    norms: list[float] = []
+
+    class Norms(L.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if gradients:
+                norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    options = {"precision": "bf16-mixed", "gradient_clip_val": 1e-2, "limit_val_batches": 0, "callbacks": [Norms()]}
+    trainer(3, tmp_path, **options).fit(task(kind, "moa"), datamodule=data_for(kind, text))
+    assert norms == pytest.approx([1e-2] * len(norms), rel=1e-3)
+    assert len(norms) >= 2
+
+
+def test_float16_is_refused(text, tmp_path) -> None:
+    with pytest.raises(UserError, match="bf16-mixed"):
+        trainer(1, tmp_path, precision="16-true").fit(task("language"), datamodule=data_for("language", text))
+
+
+def test_a_hidden_ratio_for_a_timm_net_is_refused(text, tmp_path) -> None:
+    wide = MAE("vit_tiny_patch16_224", ffn=FFNConfig(hidden_ratio=2.0))
+    with pytest.raises(UserError, match="mlp_ratio"):
+        trainer(1, tmp_path).fit(wide, datamodule=data_for("mae", text))
 
 
 def test_dino_needs_two_views(text, tmp_path) -> None:
