@@ -7,7 +7,7 @@ inside a run, and the checkpoint is taken inside an epoch. The text is the licen
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -123,12 +123,13 @@ def gradient_norm(task: L.LightningModule) -> float:
 
 def make_task(task: str, ffn: str) -> tasks.Task:
     values = yaml.safe_load((ROOT / "configs" / "ffn" / f"{ffn}.yaml").read_text())["model"]["init_args"]["ffn"]
-    config = FFNConfig(**values, hidden_ratio=2.0)
+    config = FFNConfig(**values)
     rate, decay = (2e-3, 0.2) if task == "dino" else (5e-3, 1.0)
     optimizer = OptimizerConfig(lr=rate, weight_decay=decay, warmup_steps=5)
     vision = {"backbone": "vit_tiny_patch16_224", "backbone_args": BACKBONE, "ffn": config, "optimizer": optimizer}
     if task == "language":
-        return tasks.LanguageModeling(GPTConfig(depth=2, dim=32, num_heads=2), config, optimizer, seed=0)
+        narrow = replace(config, hidden_ratio=2.0)
+        return tasks.LanguageModeling(GPTConfig(depth=2, dim=32, num_heads=2), narrow, optimizer, seed=0)
     if task == "mae":
         return tasks.MAE(**vision, decoder_dim=32, decoder_depth=1, decoder_heads=2, seed=0)
     return tasks.DINO(
