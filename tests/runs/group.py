@@ -3,6 +3,7 @@
 `python -m tests.runs.group KIND FOLDER` is what each process runs; environment variables say which one it is.
 """
 
+import faulthandler
 import logging
 import os
 import socket
@@ -80,6 +81,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def main(kind: str, folder: Path) -> None:
+    faulthandler.dump_traceback_later(SECONDS, exit=True)  # also where nobody is left to kill this process
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     records = program(kind, folder)
