@@ -10,6 +10,7 @@ sum_k c_k sigma_k(u) and not its entries.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -51,12 +52,12 @@ class Activation:
         return value, pull_back(torch.ones_like(u))[0]
 
 
-class ModuleActivation(nn.Module):
+class ModuleActivation(nn.Module, ABC):
     """An activation that owns parameters or couples neurons; maps (..., h) to (..., h)."""
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Write the start of the parameters, which is not random."""
-        raise NotImplementedError
 
 
 _POINTWISE: dict[str, Activation] = {}

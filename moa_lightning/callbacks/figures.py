@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 DPI = 100
 COLUMNS = 4
 MAX_PANELS = 24
