@@ -153,10 +153,12 @@ def _settings_of_run(options: "list[Option]") -> list[Fragment]:
     checkpoint, run_dir = _last(options, "ckpt_path"), _last(options, "run_dir")
     if checkpoint is None:
         return []
-    from .run_folder import CONFIG, checkpoint_path, run_of_checkpoint
+    from .run_folder import AUTO, CONFIG, checkpoint_path, run_of_checkpoint
 
     found = checkpoint_path(checkpoint, run_dir)
-    run = run_of_checkpoint(str(found))
+    if found is None and not (Path(str(run_dir)) / CONFIG).is_file():
+        raise UserError(f"'{run_dir}' holds no run yet; give the config files with -c besides --ckpt_path {AUTO}")
+    run = Path(str(run_dir)) if found is None else run_of_checkpoint(found)
     if run is None:
         if _last(options, "model") is None:
             raise UserError(f"no {CONFIG} lies beside '{found}'; give the config files of its run with -c")

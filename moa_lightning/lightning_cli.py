@@ -13,7 +13,6 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
@@ -26,21 +25,26 @@ from tasks.vision import SelfSupervised
 
 from . import parallel  # noqa: F401 - registers the strategy fsdp2
 from .callbacks import default_callbacks
+from .callbacks.checkpoint import RunCheckpoint
 from .callbacks.predictions import PredictionFile
 from .callbacks.progress import StepProgress
 from .callbacks.report import RunReport, metrics_table
-from .callbacks.validation import RunCheckpoint, ValidationSchedule
+from .callbacks.validation import ValidationSchedule
+from .checkpoints import RunCheckpointIO
 from .configs import Fragment
 from .errors import UserError
 from .mistakes import mistakes, quiet
 from .options import Option, Tree
 from .run_folder import (
+    AUTO,
     CONFIG,
     RUN_DIR_VARIABLE,
     FolderGuard,
+    FolderLock,
     checkpoint_path,
     checkpoint_step,
     new_run_dir,
+    process_rank,
     refuse_second_run,
     run_of_checkpoint,
     saved_settings,
@@ -155,25 +159,27 @@ class MoaCLI(LightningCLI):
         given = config["run_dir"]
         if given is not None and not Path(given).name:  # "." has no name that a logger could take
             given = os.path.abspath(given)
+        restart = config.get("ckpt_path") == AUTO
         checkpoint = config["ckpt_path"] = checkpoint_path(config.get("ckpt_path"), given)
         if checkpoint is not None:
             self.first_step = checkpoint_step(checkpoint)
         check_devices(config["trainer"])
         if self.subcommand == "fit":
             check_length(config["trainer"])
-            self._claim_folder(Path(given) if given else None, config, checkpoint)
+            self._claim_folder(Path(given) if given else None, config, checkpoint, restart)
         elif checkpoint is None:
             raise UserError(f"moa {self.subcommand} needs --ckpt_path with the checkpoint to load")
         else:
             self.run_dir = Path(given or run_of_checkpoint(checkpoint) or Path(checkpoint).parent)
 
-    def _claim_folder(self, given: Path | None, config: Any, checkpoint: str | None) -> None:
+    def _claim_folder(self, given: Path | None, config: Any, checkpoint: str | None, restart: bool) -> None:
         root = Path(config["trainer"]["default_root_dir"] or "runs")
         root /= config["model"]["class_path"].rpartition(".")[2].lower()
         if given is not None:
-            refuse_second_run(given, checkpoint)
+            refuse_second_run(given, checkpoint, restart)
         self.guard = FolderGuard(given, root)
         self.run_dir = new_run_dir(given, root)
+        self.lock = FolderLock(self.run_dir) if process_rank() == 0 else None
         os.environ[RUN_DIR_VARIABLE] = str(self.run_dir)
 
     def instantiate_classes(self) -> None:
@@ -186,10 +192,6 @@ class MoaCLI(LightningCLI):
             raise
         except (ValueError, TypeError) as error:  # the Trainer's own check of its options
             raise UserError(f"trainer: {error}") from error
-        checkpoint = self._get(self.config, "ckpt_path")
-        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        if checkpoint and Path(checkpoint).is_dir() and not sharded:
-            raise UserError(f"checkpoint '{checkpoint}' is in shards; load it with --trainer.strategy fsdp2")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -207,6 +209,8 @@ class MoaCLI(LightningCLI):
             kwargs["logger"] = loggers(self.run_dir, config["logger"])
         elif self.subcommand == "predict":
             own.append(PredictionFile(self.run_dir))
+        plugins = config["plugins"] or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), RunCheckpointIO()]
         return super().instantiate_trainer(callbacks=[*own, *callbacks], **kwargs)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -257,10 +261,10 @@ def option_roots(command: str) -> dict[str, Any]:
     """The first level of a command's options, for options.Tree."""
     handed_over = ("self", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders")
     own = set(inspect.signature(getattr(L.Trainer, command)).parameters) - set(handed_over)
-    groups = {
-        name: dict.fromkeys(list(inspect.signature(kind.__init__).parameters)[1:])
-        for name, kind in (("trainer", L.Trainer), ("checkpoint", ModelCheckpoint))
-    }
+    groups: dict[str, dict[str, None]] = {}
+    for name, kind in (("trainer", L.Trainer), ("checkpoint", RunCheckpoint), ("checkpoint", ModelCheckpoint)):
+        groups.setdefault(name, {}).update(dict.fromkeys(inspect.signature(kind).parameters))
+    del groups["checkpoint"]["kwargs"]
     values = dict.fromkeys(("print_config", "seed_everything", "run_dir", "import", *sorted(own)))
     return {**groups, "model": tasks.Task, "data": data.DataModule, **values}
 

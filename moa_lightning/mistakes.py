@@ -35,6 +35,7 @@ NOISE = (
     ".*The dirpath has changed from.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
+    ".*torch.distributed is disabled, unavailable or uninitialized.*",
     ".*LightningCLI's args parameter is intended.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
 )

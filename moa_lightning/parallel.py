@@ -6,13 +6,24 @@ weights, which depend on (seed, name) only, and sharded after that, so any world
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from .checkpoints import RunCheckpointIO, load_into, split_tensors
+from .errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +42,46 @@ class FSDPStrategy(ModelParallelStrategy):
             save_distributed_checkpoint=save_distributed_checkpoint,
             **kwargs,
         )
+        self._checkpoint_group: dist.ProcessGroup | None = None
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        self._checkpoint_group = dist.new_group(backend="gloo")  # type: ignore[assignment]
+        if self._checkpoint_io is None:
+            self.checkpoint_io = RunCheckpointIO()
+
+    @property
+    def run_checkpoint_io(self) -> RunCheckpointIO:
+        """The checkpoint plugin, which must be ours to write shards."""
+        if not isinstance(self.checkpoint_io, RunCheckpointIO):
+            raise UserError(f"{type(self.checkpoint_io).__name__} cannot write shards; take it out of trainer.plugins")
+        return self.checkpoint_io
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a folder of shards, or one merged file. Called by all processes."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        assert self._checkpoint_group is not None
+        self.run_checkpoint_io.save_shards(checkpoint, Path(self.broadcast(filepath)), self._checkpoint_group)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load weights and optimiser states from shards of any number of processes, or from one file."""
+        path = Path(self.broadcast(checkpoint_path))
+        self.run_checkpoint_io.queue.wait()
+        assert self.model is not None
+        states = [get_optimizer_state_dict(self.model, optimizer) for optimizer in self.optimizers]
+        own, groups = split_tensors({"state_dict": get_model_state_dict(self.model), "optimizer_states": states})
+        checkpoint = load_into(own, groups["optimizer_states"], path)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"))
+        for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=True):
+            set_optimizer_state_dict(self.model, optimizer, state)
+        return checkpoint
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.checkpoint_io.teardown()
 
 
 StrategyRegistry.register("fsdp2", FSDPStrategy, description="FSDP2 over all devices")

@@ -5,17 +5,21 @@
 A process that a strategy launches learns the folder from the first one through the environment.
 """
 
+import fcntl
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .errors import UserError
+
+log = logging.getLogger(__name__)
 
 RUN_DIR_VARIABLE = "MOA_RUN_DIR"
 CONFIG, CHECKPOINTS, LAST = "config.yaml", "checkpoints", "last.ckpt"
+LOCK = ".lock"
+LATEST, AUTO = "last", "auto"  # what --ckpt_path may say instead of a path
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
@@ -25,25 +29,41 @@ def process_rank() -> int:
 
 
 def checkpoint_path(given: str | None, run_dir: str | None) -> str | None:
-    """The checkpoint that --ckpt_path means; `last` is the last one in --run_dir.
+    """The checkpoint that --ckpt_path means; `last` is the last one in --run_dir, `auto` the same if there is one.
 
     Raises:
-        UserError: it does not exist, or `last` without --run_dir.
+        UserError: it does not exist, or `last` or `auto` without --run_dir.
     """
     if given is None:
         return None
-    if given == "last":
+    if given in (LATEST, AUTO):
         if run_dir is None:
-            raise UserError("--ckpt_path last needs --run_dir with the folder of the run")
-        given = str(Path(run_dir) / CHECKPOINTS / LAST)
-        if not Path(given).exists():
+            raise UserError(f"--ckpt_path {given} needs --run_dir with the folder of the run")
+        last = last_checkpoint(Path(run_dir))
+        if last is None and given == AUTO:
+            return None
+        if last is None:
             raise UserError(f"'{run_dir}' holds no {CHECKPOINTS}/{LAST}; leave --ckpt_path out to start anew")
+        given = str(last)
     if not Path(given).exists():
         raise UserError(f"checkpoint '{given}' does not exist; check --ckpt_path")
     inside = Path(given) / CHECKPOINTS / LAST
     if inside.exists():
         raise UserError(f"'{given}' is a run's folder; give its checkpoint, --ckpt_path {inside}")
     return given
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint that a run goes on from, None where it has none.
+
+    It is the one that `last.ckpt` links to. A crash may come between a checkpoint and its link, and files may have been
+    copied without links: then it is the newest that is complete.
+    """
+    folder = run_dir / CHECKPOINTS
+    if (folder / LAST).exists():
+        return folder / LAST
+    complete = [path for path in folder.glob("*.ckpt") if path.exists()]
+    return max(complete, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def run_of_checkpoint(checkpoint: str) -> Path | None:
@@ -58,6 +78,8 @@ def checkpoint_step(path: str) -> int:
     Raises:
         UserError: it is no checkpoint of a run.
     """
+    import torch  # here, because a grid asks this module about folders and need not wait for torch
+
     file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
     try:
         return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
@@ -116,14 +138,41 @@ class FolderGuard:
             folder = folder.parent
 
 
-def refuse_second_run(run_dir: Path, checkpoint: str | None) -> None:
-    """Raise UserError where a folder holds a run already and none of it is continued."""
-    if process_rank() == 0 and (run_dir / CONFIG).exists() and checkpoint is None:
+def refuse_second_run(run_dir: Path, checkpoint: str | None, restart: bool) -> None:
+    """Raise UserError where a folder holds a run already and none of it is continued.
+
+    Args:
+        restart: a run that has no checkpoint yet may begin anew.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"'{run_dir}' is a file; choose another --run_dir")
+    if process_rank() > 0 or checkpoint is not None or not (run_dir / CONFIG).exists():
+        return
+    if not restart or last_checkpoint(run_dir) is not None:
         raise UserError(
             f"'{run_dir}' already holds a run; continue it with --ckpt_path last or choose another --run_dir"
         )
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"'{run_dir}' is a file; choose another --run_dir")
+    for path in (run_dir / CONFIG, *run_dir.glob("events.out.tfevents.*")):  # of the attempt that left nothing
+        path.unlink()
+
+
+class FolderLock:
+    """Held by the first process of a fit as long as it lives, so that no second one writes into the same folder.
+
+    Raises:
+        UserError: another process holds it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = (run_dir / LOCK).open("w")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock it is not inherited by workers
+        except (BlockingIOError, PermissionError):
+            self._file.close()
+            raise UserError(f"another process is training into '{run_dir}'; choose another --run_dir") from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): make sure that no second run uses it", run_dir, error.strerror)
 
 
 def saved_settings(config: Any) -> dict[str, Any]:

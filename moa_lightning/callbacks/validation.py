@@ -2,13 +2,12 @@
 
 Lightning counts batches, which drift from optimiser steps as soon as gradients accumulate (the last batches of an epoch
 make a smaller step), and ends a run wherever max_steps falls. So a callback tells Lightning, batch by batch, whether
-the validation is due. Checkpoints are written after validations; without validation data, where those would have been.
+the validation is due.
 """
 
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from .common import steps_in_this_batch
 
@@ -56,32 +55,3 @@ class ValidationSchedule(L.Callback):
         if self.every_n_steps is not None:
             done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
             trainer.val_check_batch = done if self.due else done + 2
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which also saves at the last step, and on schedule where nothing is validated."""
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        super().on_train_batch_end(trainer, *args)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        schedule = next((c for c in callbacks if isinstance(c, ValidationSchedule)), None)
-        if schedule is not None and schedule.due and not any(trainer.num_val_batches):
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        # with a monitor Lightning writes the last checkpoint only where it was among the best
-        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: L.Trainer) -> None:
-        """Save unless this step is saved already."""
-        if self._should_skip_saving_checkpoint(trainer):
-            return
-        candidates = self._monitor_candidates(trainer)
-        if self.monitor is None:
-            self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)

@@ -18,6 +18,7 @@ from typing import Any
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments.grid import Grid, Run
+from moa_lightning.run_folder import last_checkpoint
 
 LOCK_PATIENCE_SECONDS = 10.0  # runs of a killed grid need a moment to end
 
@@ -51,7 +52,7 @@ def state_of(run: Run) -> State:
         return State.CHANGED
     if (run.folder / "result.json").is_file():
         return State.FINISHED
-    return State.RESUME if (run.folder / "checkpoints" / "last.ckpt").exists() else State.NEW
+    return State.NEW if last_checkpoint(run.folder) is None else State.RESUME
 
 
 def differences(run: Run) -> list[str]:

@@ -147,14 +147,6 @@ def test_a_crash_leaves_the_last_scheduled_step_without_validation_data(stumblin
     assert saved_step("run") == 4
 
 
-def test_a_sharded_checkpoint_asks_for_its_strategy(moa: Moa) -> None:
-    Path("run/checkpoints/last.ckpt").mkdir(parents=True)
-    torch.save({"global_step": 3}, "run/checkpoints/last.ckpt/meta.pt")
-    outcome = moa(f"{MAE} --run_dir run --ckpt_path last --trainer.max_steps 4")
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert "is in shards; load it with --trainer.strategy fsdp2" in outcome.err
-
-
 def test_the_last_checkpoint_is_the_last_step_also_where_it_is_not_the_best(moa: Moa) -> None:
     line = f"{MAE} --run_dir run --trainer.max_steps 5 --checkpoint.monitor val/loss --checkpoint.mode max"
     assert moa(line).code == 0

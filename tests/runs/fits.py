@@ -7,6 +7,7 @@ inside a run, and the checkpoint is taken inside an epoch. The text is the licen
 """
 
 import json
+import os
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ import data
 import tasks
 from moa_lightning import FFNConfig
 from moa_lightning.callbacks import default_callbacks
+from moa_lightning.checkpoints import RunCheckpointIO
 from moa_lightning.models import GPTConfig
 from moa_lightning.optim import OptimizerConfig
 
@@ -35,6 +37,7 @@ FITS = [f"{task}-{ffn}" for task in TASKS for ffn in FFNS]
 ACCUMULATED = [f"{task}-moa" for task in TASKS]
 STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp2"}
 BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
+LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
 CLIP = 0.5
 BACKBONE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
 
@@ -182,8 +185,9 @@ def fit(
     accumulate: int = 1,
     stop_at: int | None = None,
     resume: Path | None = None,
-    save: bool = False,
+    save_at: int | None = None,
     watched: bool = False,
+    batch_size: int = BATCH,
 ) -> Record:
     """One fit.
 
@@ -194,17 +198,18 @@ def fit(
         accumulate: micro-batches of a step; the batch of a step stays the same.
         stop_at: the step at which to stop short; the schedules are those of STEPS all the same.
         resume: checkpoint to go on from.
-        save: write <folder>/half.ckpt after step SAVED_AT.
+        save_at: write <folder>/half.ckpt after this step.
         watched: with TensorBoard and the callbacks of `moa fit`.
+        batch_size: samples of a step.
     """
     task, _, ffn = name.partition("-")
     recorder = Recorder(stop_at)
     callbacks = [recorder, *(default_callbacks() if watched else [])]
-    if save:
-        callbacks.append(ModelCheckpoint(folder, "half", every_n_train_steps=SAVED_AT, save_on_train_epoch_end=False))
+    if save_at:
+        callbacks.append(ModelCheckpoint(folder, "half", every_n_train_steps=save_at, save_on_train_epoch_end=False))
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1 if kind == "one" else 2,
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
         strategy=STRATEGIES[kind],
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
@@ -213,7 +218,8 @@ def fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         callbacks=callbacks,
-        enable_checkpointing=save,
+        enable_checkpointing=bool(save_at),
+        plugins=[RunCheckpointIO()],
         logger=TensorBoardLogger(folder.parent, name="", version=folder.name) if watched else False,
         log_every_n_steps=4 * accumulate,
         enable_progress_bar=False,
@@ -222,7 +228,7 @@ def fit(
         default_root_dir=folder,
     )
     trainer.fit(
-        make_task(task, ffn), datamodule=make_data(task, BATCH // accumulate), ckpt_path=resume, weights_only=True
+        make_task(task, ffn), datamodule=make_data(task, batch_size // accumulate), ckpt_path=resume, weights_only=True
     )
     record = recorder.record
     if watched:
@@ -237,9 +243,21 @@ def program(kind: str, folder: Path) -> dict[str, Record]:
     torch.set_num_threads(1)
     records = {}
     for name in FITS:
-        records[name] = fit(kind, name, folder / name, save=True)
+        records[name] = fit(kind, name, folder / name, save_at=SAVED_AT)
         records[f"{name}/resumed"] = fit(kind, name, folder / name, resume=folder / name / "half.ckpt")
     for name in ACCUMULATED:
         watched = folder / f"{name}-accumulated"
         records[f"{name}/accumulated"] = fit(kind, name, watched, accumulate=2, stop_at=ACCUMULATED_STEPS, watched=True)
+    return records
+
+
+def leg(kind: str, folder: Path) -> dict[str, Record]:
+    """LEG steps of a run that changes its strategy and world size: leg<i> goes on from leg<i-1>."""
+    torch.set_num_threads(1)
+    number = int(folder.name.removeprefix("leg"))
+    stop, records = (number + 1) * LEG, {}
+    for name in ACCUMULATED:
+        before = folder.parent / f"leg{number - 1}" / name / "half.ckpt" if number else None
+        options = {"stop_at": stop, "save_at": stop, "resume": before, "batch_size": LEG_BATCH}
+        records[name] = fit(kind, name, folder / name, **options)
     return records

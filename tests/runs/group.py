@@ -1,6 +1,6 @@
-"""Starts a group of two processes for DDP or FSDP2 as torchrun would, one group for all fits, and never waits for ever.
+"""Starts a group of processes for DDP or FSDP2 as torchrun would, one group for all fits, and never waits for ever.
 
-`python -m tests.runs.group KIND FOLDER` is what each process runs; environment variables say which one it is.
+`python -m tests.runs.group PROGRAM KIND FOLDER` is what each process runs; environment variables say which one it is.
 """
 
 import faulthandler
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from .fits import ROOT, Record, program
+from . import fits
+from .fits import ROOT, Record
 
-WORLD_SIZE = 2
-SECONDS = 240  # a group that takes longer hangs
+SECONDS = 480  # a group that takes longer hangs
 
 
 def free_port() -> int:
@@ -27,16 +27,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_group(kind: str, folder: Path) -> list[dict[str, Record]]:
-    """Run the program in two processes; returns the records of each rank.
+def run_group(kind: str, folder: Path, world_size: int = 2, program: str = "program") -> list[dict[str, Record]]:
+    """Run a program of fits.py in several processes; returns the records of each rank.
 
     Raises:
         RuntimeError: a process failed or the group took too long; all of its processes are gone by then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shared = {
-        "WORLD_SIZE": str(WORLD_SIZE),
-        "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -45,12 +45,12 @@ def run_group(kind: str, folder: Path) -> list[dict[str, Record]]:
         "PYTHONPATH": str(ROOT),
     }
     processes = []
-    for rank in range(WORLD_SIZE):
+    for rank in range(world_size):
         environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         with (folder / f"rank{rank}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.runs.group", kind, str(folder)],
+                    [sys.executable, "-m", "tests.runs.group", program, kind, str(folder)],
                     cwd=ROOT,
                     env=environment,
                     stdout=log,
@@ -64,10 +64,10 @@ def run_group(kind: str, folder: Path) -> list[dict[str, Record]]:
             process.kill()
             process.wait()
     if any(process.returncode for process in processes):
-        logs = [(folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(WORLD_SIZE)]
+        logs = [(folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(world_size)]
         codes = [process.returncode for process in processes]
-        raise RuntimeError(f"{kind}: exit codes {codes}\n" + "\n--- rank 1\n".join(logs))
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
+        raise RuntimeError(f"{kind}: exit codes {codes}\n" + "\n--- next rank\n".join(logs))
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -80,15 +80,15 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
         time.sleep(0.1)
 
 
-def main(kind: str, folder: Path) -> None:
+def main(program: str, kind: str, folder: Path) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)  # also where nobody is left to kill this process
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    records = program(kind, folder)
+    records = getattr(fits, program)(kind, folder)
     torch.save(records, folder / f"rank{os.environ['RANK']}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
