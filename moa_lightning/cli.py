@@ -34,6 +34,8 @@ SETTINGS = (
     "data",
     "trainer",
     "checkpoint",
+    "guard",
+    "watchdog",
 )  # of a config.yaml used again
 # A mistake of the input shows in all processes; the first one says it and ends the others within this time.
 SECONDS_OF_SILENCE = 5.0
@@ -42,7 +44,8 @@ SECONDS_OF_SILENCE = 5.0
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code.
 
-    0 done, 1 failed runs in a grid, 2 a mistake in the input, 130 and 143 stopped by Ctrl-C and by SIGTERM.
+    0 done, 1 failed runs in a grid, 2 a mistake in the input, 75 stopped by SIGTERM or SIGUSR1 with a
+    checkpoint (to be started again), 130 stopped by Ctrl-C, 70 a run that hung.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):

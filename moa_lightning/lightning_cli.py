@@ -26,10 +26,13 @@ from tasks.vision import SelfSupervised
 from . import parallel  # noqa: F401 - registers the strategy fsdp2
 from .callbacks import default_callbacks
 from .callbacks.checkpoint import RunCheckpoint
+from .callbacks.guard import Guard
 from .callbacks.predictions import PredictionFile
+from .callbacks.preemption import REQUEUE, Preemption
 from .callbacks.progress import StepProgress
 from .callbacks.report import RunReport, metrics_table
 from .callbacks.validation import ValidationSchedule
+from .callbacks.watchdog import Watchdog
 from .checkpoints import RunCheckpointIO
 from .configs import Fragment
 from .errors import UserError
@@ -69,6 +72,9 @@ CHECKPOINT_DEFAULTS = {
     # a version counter would write last-v1.ckpt beside last.ckpt in a folder that was moved, and none would continue it
     "checkpoint.enable_version_counter": False,
 }
+
+
+CALLBACK_OPTIONS = {"checkpoint": RunCheckpoint, "guard": Guard, "watchdog": Watchdog}
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -119,7 +125,7 @@ class MoaCLI(LightningCLI):
         except BaseException as error:
             self._clean_up()
             if isinstance(error, SIGTERMException):
-                raise SystemExit(128 + signal.SIGTERM) from error
+                raise SystemExit(REQUEUE) from error
             if isinstance(error, SystemExit) and error.code == 1:  # Lightning's end after Ctrl-C
                 raise SystemExit(128 + signal.SIGINT) from error
             raise
@@ -145,7 +151,8 @@ class MoaCLI(LightningCLI):
         )
         parser.usage = "moa COMMAND [--option value ...]"
         parser.add_argument("--import", type=list[str], default=[], help="Python modules to import first.")
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        for name, kind in CALLBACK_OPTIONS.items():
+            parser.add_lightning_class_args(kind, name)
         parser.set_defaults(CHECKPOINT_DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -198,13 +205,17 @@ class MoaCLI(LightningCLI):
         callbacks = [config["callbacks"]] if isinstance(config["callbacks"], L.Callback) else config["callbacks"] or []
         own: list[L.Callback] = []
         if config["enable_checkpointing"] is False:
-            self._parser(self.subcommand).callback_keys = []
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             own.append(StepProgress())
         kwargs |= {"default_root_dir": str(self.run_dir), "logger": False}
         if self.subcommand == "fit":
             steps, options = validation_rhythm(config)
-            own += [ValidationSchedule(steps), RunReport(None if config["fast_dev_run"] else self.run_dir, self.notes)]
+            own += [
+                ValidationSchedule(steps),
+                Preemption(),
+                RunReport(None if config["fast_dev_run"] else self.run_dir, self.notes),
+            ]
             kwargs |= options
             kwargs["logger"] = loggers(self.run_dir, config["logger"])
         elif self.subcommand == "predict":
@@ -262,7 +273,7 @@ def option_roots(command: str) -> dict[str, Any]:
     handed_over = ("self", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders")
     own = set(inspect.signature(getattr(L.Trainer, command)).parameters) - set(handed_over)
     groups: dict[str, dict[str, None]] = {}
-    for name, kind in (("trainer", L.Trainer), ("checkpoint", RunCheckpoint), ("checkpoint", ModelCheckpoint)):
+    for name, kind in (("trainer", L.Trainer), *CALLBACK_OPTIONS.items(), ("checkpoint", ModelCheckpoint)):
         groups.setdefault(name, {}).update(dict.fromkeys(inspect.signature(kind).parameters))
     del groups["checkpoint"]["kwargs"]
     values = dict.fromkeys(("print_config", "seed_everything", "run_dir", "import", *sorted(own)))

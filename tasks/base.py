@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_lightning.errors import UserError
-from moa_lightning.optim import OptimizerConfig, build_optimizer
+from moa_lightning.optim import OptimizerConfig, build_optimizer, total_norm
 from moa_lightning.parallel import FSDPStrategy, compile_blocks, shard
 
 Config = TypeVar("Config")
@@ -43,6 +43,7 @@ class Task(L.LightningModule):
         self.seed = seed
         self.compile_net = compile
         self.net: Any = None
+        self.step_skipped = torch.zeros(())  # 1 where the last optimiser step was skipped
 
     def keep_hyperparameters(self, **values: Any) -> None:
         """Store constructor arguments as plain values, which checkpoints can hold without running code."""
@@ -87,15 +88,20 @@ class Task(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer says. Lightning's own refuses a fused optimiser under mixed precision, because such a one
-        may unscale gradients; without a gradient scaler (bf16) there is nothing to unscale."""
-        if not gradient_clip_val:
-            return
+        """Clip as the Trainer says, and have the optimiser skip a step whose gradient is not finite.
+
+        Lightning's own clipping refuses a fused optimiser under mixed precision, because such a one may unscale
+        gradients; without a gradient scaler (bf16) there is nothing to unscale. The fused step reads `found_inf` on the
+        device, so nothing here waits for it. The norm is that over all processes, so all of them skip.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_algorithm == "value":
+        norm = total_norm(p.grad for p in parameters if p.grad is not None)
+        self.step_skipped = (~norm.isfinite()).float()
+        optimizer.found_inf = self.step_skipped  # type: ignore[attr-defined]
+        if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        else:
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     @property
     def total_steps(self) -> int:

@@ -56,10 +56,15 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher: Tensor) -> None:
-        """Move the centre towards the mean of the teacher's outputs (n, K), over all processes."""
+        """Move the centre towards the mean of the teacher's outputs (n, K), over all processes.
+
+        A mean that is not finite is left out: it would stay in the centre for ever, while the optimiser's step is
+        skipped.
+        """
         total = teacher.to(self.center.dtype).sum(0, keepdim=True)
         count = torch.tensor(float(len(teacher)), device=total.device, dtype=total.dtype)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
             dist.all_reduce(count)
-        self.center.mul_(self.center_momentum).add_(total / count, alpha=1 - self.center_momentum)
+        moved = self.center * self.center_momentum + total / count * (1 - self.center_momentum)
+        self.center.copy_(torch.where(moved.isfinite().all(), moved, self.center))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moa_lightning.callbacks import GradientNorm, LearningRate
-from moa_lightning.callbacks.gradients import total_norm
+from moa_lightning.optim import total_norm
 
 from .toy import ToyTask, events, fit, toy_loader
 

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from moa_lightning.callbacks.gradients import total_norm
 from moa_lightning.callbacks.mixing import capture
 from moa_lightning.feedforward import FeedForward, FFNConfig
+from moa_lightning.optim import total_norm
 
 
 def small_layer() -> FeedForward:

@@ -40,7 +40,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An empty working folder, one thread, and no traces of a run in the environment."""
     monkeypatch.chdir(tmp_path)
     before, environment = torch.get_num_threads(), dict(os.environ)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

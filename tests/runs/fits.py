@@ -8,6 +8,7 @@ inside a run, and the checkpoint is taken inside an epoch. The text is the licen
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,8 @@ from moa_lightning.callbacks import default_callbacks
 from moa_lightning.checkpoints import RunCheckpointIO
 from moa_lightning.models import GPTConfig
 from moa_lightning.optim import OptimizerConfig
+
+from ..soak.watch import Poison
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("language", "mae", "dino")
@@ -188,6 +191,7 @@ def fit(
     save_at: int | None = None,
     watched: bool = False,
     batch_size: int = BATCH,
+    callbacks: Sequence[L.Callback] = (),
 ) -> Record:
     """One fit.
 
@@ -201,12 +205,13 @@ def fit(
         save_at: write <folder>/half.ckpt after this step.
         watched: with TensorBoard and the callbacks of `moa fit`.
         batch_size: samples of a step.
+        callbacks: further ones.
     """
     task, _, ffn = name.partition("-")
     recorder = Recorder(stop_at)
-    callbacks = [recorder, *(default_callbacks() if watched else [])]
+    used = [*callbacks, recorder, *(default_callbacks() if watched else [])]
     if save_at:
-        callbacks.append(ModelCheckpoint(folder, "half", every_n_train_steps=save_at, save_on_train_epoch_end=False))
+        used.append(ModelCheckpoint(folder, "half", every_n_train_steps=save_at, save_on_train_epoch_end=False))
     trainer = L.Trainer(
         accelerator="cpu",
         devices=int(os.environ.get("WORLD_SIZE", 1)),
@@ -217,7 +222,7 @@ def fit(
         val_check_interval=STEPS // 2 * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=callbacks,
+        callbacks=used,
         enable_checkpointing=bool(save_at),
         plugins=[RunCheckpointIO()],
         logger=TensorBoardLogger(folder.parent, name="", version=folder.name) if watched else False,
@@ -261,3 +266,25 @@ def leg(kind: str, folder: Path) -> dict[str, Record]:
         options = {"stop_at": stop, "save_at": stop, "resume": before, "batch_size": LEG_BATCH}
         records[name] = fit(kind, name, folder / name, **options)
     return records
+
+
+class States(L.Callback):
+    """The task's state before, after and later than a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.states = step, []
+
+    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step in (self.step - 1, self.step, self.step + 2):
+            self.states.append({name: full(value).clone() for name, value in task.state_dict().items()})
+
+
+def poisoned(kind: str = "one", folder: Path = Path()) -> dict[str, list[dict[str, Tensor]]]:
+    """The states before, after and later than a step whose images are NaN."""
+    torch.set_num_threads(1)
+    found = {}
+    for name in ("mae-moa", "dino-moa"):
+        states = States(4)
+        fit(kind, name, folder / name, stop_at=6, callbacks=[Poison(3, 3), states])
+        found[name] = states.states
+    return found

@@ -1,0 +1,24 @@
+"""The norm of all gradients as one vector, sharded or not."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients as one vector, a plain 0-d tensor; 0 without any.
+
+    Sharded gradients count in full: their norm is reduced over the processes, so all of them must call this. Plain
+    tensors beside sharded ones are taken to be the same on every process.
+    """
+    groups: dict[Any, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        groups[gradient.device_mesh if isinstance(gradient, DTensor) else None].append(gradient)
+    norms = [get_total_norm(group) for group in groups.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
