@@ -1,9 +1,11 @@
 """A few of the kills of `make soak`: alone, and sharded over two processes."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from .kills import Case, differences, finish, trial
 
@@ -15,12 +17,18 @@ def test_a_killed_run_ends_as_one_that_nobody_touched(case: Case, tmp_path: Path
 
 
 def test_another_run_is_noticed(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        finish(Case("language", "one"), tmp_path / name, tmp_path)
-    assert list(differences(tmp_path / "a", tmp_path / "b")) == []
-    lines = (tmp_path / "b" / "ids-rank0.txt").read_text().splitlines()
-    (tmp_path / "b" / "ids-rank0.txt").write_text("\n".join([*lines[:-1], "39 1 2 3"]))
-    table = (tmp_path / "b" / "metrics.csv").read_text()
-    (tmp_path / "b" / "metrics.csv").write_text(table[: table.rindex("\n", 0, -1) + 1])
-    found = list(differences(tmp_path / "a", tmp_path / "b"))
-    assert found == ["ids-rank0.txt: batches lost", "ids-rank0.txt: other batches", "metrics.csv"]
+    a, b = tmp_path / "a", tmp_path / "b"
+    finish(Case("language", "one"), a, tmp_path)
+    shutil.copytree(a, b, symlinks=True)
+    assert list(differences(a, b)) == []
+    lines = (b / "ids-rank0.txt").read_text().splitlines()
+    (b / "ids-rank0.txt").write_text("\n".join([*lines[:-1], "39 1 2 3"]))
+    table = (b / "metrics.csv").read_text()
+    (b / "metrics.csv").write_text(table[: table.rindex("\n", 0, -1) + 1])
+    path = b / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["net.head.weight"][0, 0] += 1e-7
+    torch.save(checkpoint, path)
+    weights, *files = differences(a, b)
+    assert weights == "state_dict of the last checkpoint"
+    assert files == ["ids-rank0.txt: batches lost", "ids-rank0.txt: other batches", "metrics.csv"]
