@@ -80,7 +80,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
             print(COMMAND_HELP[command], end="")
             return 0
         return _run_lightning(command, rest)
-    own: dict[str, Callable[[list[str]], int | None]] = {"ablate": _ablate, "data": _data}
+    own: dict[str, Callable[[list[str]], int | None]] = {"ablate": _ablate, "data": _data, "export": _export}
     if command not in own:
         raise UserError(f"unknown command '{command}'; choose from {', '.join([*LIGHTNING_COMMANDS, *own])}")
     return own[command](rest) or 0
@@ -90,6 +90,12 @@ def _ablate(argv: list[str]) -> int:
     from .experiments.command import ablate_command
 
     return ablate_command(argv)
+
+
+def _export(argv: list[str]) -> None:
+    from .export import export_command
+
+    export_command(argv)
 
 
 def _data(argv: list[str]) -> None:

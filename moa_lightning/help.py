@@ -11,6 +11,7 @@ USAGE = """usage: moa COMMAND ...
   predict    features of images, losses of texts
   ablate     a grid of runs with a table and plots: moa ablate configs/grids/quickstart.yaml
   data       write WebDataset shards:  moa data images --source fashion_mnist --out shards
+  export     the weights as one file:  moa export --ckpt_path RUN/checkpoints/last.ckpt --out mae.safetensors
 
 moa COMMAND --help lists the options of a command.
 """

@@ -6,8 +6,9 @@ weights, which depend on (seed, name) only, and sharded after that, so any world
 """
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,29 +20,42 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import RunCheckpointIO, load_into, split_tensors
 from .errors import UserError
+from .mixing import MixCoefficients
 
 log = logging.getLogger(__name__)
 
 
 class FSDPStrategy(ModelParallelStrategy):
-    """Parameters, gradients and optimiser state sharded over all devices (FSDP2).
+    """Parameters, gradients and optimiser state sharded over devices (FSDP2).
 
     Args:
+        replicas: copies of the net, each sharded over its part of the devices (hybrid sharding); "nodes" makes one
+            copy a node, so that parameters travel inside nodes and only gradients between them.
+        low_precision_parameters: blocks gather their parameters in bfloat16 and reduce gradients in float32; the
+            coefficients of mixes stay in float32. For precision bf16-mixed: half the traffic.
         save_distributed_checkpoint: write one file a rank (loadable by any world size) instead of one merged file.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        replicas: int | Literal["nodes"] = 1,
+        low_precision_parameters: bool = False,
+        save_distributed_checkpoint: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             data_parallel_size="auto",
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             **kwargs,
         )
+        self.replicas, self.low_precision_parameters = replicas, low_precision_parameters
         self._checkpoint_group: dist.ProcessGroup | None = None
 
     def setup_environment(self) -> None:
@@ -50,6 +64,22 @@ class FSDPStrategy(ModelParallelStrategy):
         self._checkpoint_group = dist.new_group(backend="gloo")  # type: ignore[assignment]
         if self._checkpoint_io is None:
             self.checkpoint_io = RunCheckpointIO()
+
+    def shard(self, net: nn.Module, methods: tuple[str, ...]) -> None:
+        """Shard a net over the devices, see `shard`.
+
+        Raises:
+            UserError: the devices do not make so many equal parts.
+        """
+        replicas = self.num_nodes if self.replicas == "nodes" else self.replicas
+        if replicas < 1 or self.world_size % replicas:
+            raise UserError(f"replicas is {replicas}, which does not divide the {self.world_size} devices")
+        shards, kind = self.world_size // replicas, self.root_device.type
+        if replicas > 1:
+            mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicas", "shards"))
+        else:
+            mesh = init_device_mesh(kind, (shards,), mesh_dim_names=("shards",))
+        shard(net, mesh, methods, self.low_precision_parameters)
 
     @property
     def run_checkpoint_io(self) -> RunCheckpointIO:
@@ -87,31 +117,48 @@ class FSDPStrategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDPStrategy, description="FSDP2 over all devices")
 
 
-def shard(net: nn.Module, mesh: DeviceMesh, methods: tuple[str, ...] = ()) -> None:
-    """Shard a net in place over a one-dimensional mesh: every transformer block, then the rest.
+def shard(
+    net: nn.Module, mesh: DeviceMesh, methods: tuple[str, ...] = (), low_precision_parameters: bool = False
+) -> None:
+    """Shard a net in place over a mesh: every transformer block, then the rest.
 
     Args:
         net: blocks are the members of its ModuleLists and Sequentials named `blocks`.
-        mesh: the data-parallel mesh.
+        mesh: one-dimensional (shards), or two-dimensional (replicas, shards).
         methods: methods of `net` besides forward that compute with its parameters.
+        low_precision_parameters: see FSDPStrategy.
     """
-    for name, module in net.named_modules():
-        if name.rpartition(".")[2] == "blocks":
-            for block in module.children():
-                fully_shard(block, mesh=mesh)
+    policy = MixedPrecisionPolicy()
+    if low_precision_parameters:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in transformer_blocks(net):
+        mixes: list[nn.Module] = [module for module in block.modules() if isinstance(module, MixCoefficients)]
+        if low_precision_parameters and mixes:  # bfloat16 would round the coefficients before they are used
+            fully_shard(mixes, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
     for method in methods:
         register_fsdp_forward_method(net, method)
+
+
+def transformer_blocks(net: nn.Module) -> list[nn.Module]:
+    """The members of the ModuleLists and Sequentials named `blocks`."""
+    stacks = [module for name, module in net.named_modules() if name.rpartition(".")[2] == "blocks"]
+    return [block for stack in stacks for block in stack.children()]
+
+
+def checkpoint_blocks(net: nn.Module) -> None:
+    """Have every transformer block recomputed in the backward pass, in place; names of parameters stay."""
+    for block in transformer_blocks(net):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(net: nn.Module) -> None:
     """Compile every transformer block in place; where this machine cannot compile, say so and stay eager."""
     if not _compiler_works():
         return
-    for name, module in net.named_modules():
-        if name.rpartition(".")[2] == "blocks":
-            for block in module.children():
-                block.compile()
+    for block in transformer_blocks(net):
+        block.compile()
 
 
 def _compiler_works() -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moa_lightning.errors import UserError
 from moa_lightning.optim import OptimizerConfig, build_optimizer, total_norm
-from moa_lightning.parallel import FSDPStrategy, compile_blocks, shard
+from moa_lightning.parallel import FSDPStrategy, checkpoint_blocks, compile_blocks
 
 Config = TypeVar("Config")
 
@@ -33,15 +33,19 @@ class Task(L.LightningModule):
         optimizer: AdamW and its schedule.
         seed: initial weights are a function of (seed, parameter name); None: the run's seed (--seed_everything).
         compile: compile each transformer block (pays off in runs of more than a few minutes).
+        activation_checkpointing: recompute each transformer block in the backward pass.
     """
 
     forward_methods: tuple[str, ...] = ("features",)
 
-    def __init__(self, optimizer: OptimizerConfig, seed: int | None, compile: bool) -> None:
+    def __init__(
+        self, optimizer: OptimizerConfig, seed: int | None, compile: bool, activation_checkpointing: bool
+    ) -> None:
         super().__init__()
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
         self.seed = seed
         self.compile_net = compile
+        self.activation_checkpointing = activation_checkpointing
         self.net: Any = None
         self.step_skipped = torch.zeros(())  # 1 where the last optimiser step was skipped
 
@@ -73,11 +77,12 @@ class Task(L.LightningModule):
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
         with torch.random.fork_rng(devices=[]):  # what a variant's net draws must not shift the run's random numbers
             self.net = self.build(self.seed)
+        if self.activation_checkpointing:
+            checkpoint_blocks(self.net)
         if self.compile_net:
             compile_blocks(self.net)
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
-            assert self.device_mesh is not None
-            shard(self.net, self.device_mesh["data_parallel"], self.forward_methods)
+            self.trainer.strategy.shard(self.net, self.forward_methods)
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.net, self.optimizer_config, self.total_steps)

@@ -46,6 +46,7 @@ class DINO(SelfSupervised):
         channels: of the images; None: the data's.
         seed: of the initial weights; None: the run's seed.
         compile: compile each transformer block.
+        activation_checkpointing: recompute each block in the backward pass instead of storing its activations.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class DINO(SelfSupervised):
         channels: int | None = None,
         seed: int | None = None,
         compile: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, seed, compile)
+        super().__init__(optimizer, seed, compile, activation_checkpointing)
         self.ffn = as_config(FFNConfig, ffn)
         self.keep_hyperparameters(
             backbone=backbone,
@@ -96,6 +98,7 @@ class DINO(SelfSupervised):
             channels=channels,
             seed=seed,
             compile=compile,
+            activation_checkpointing=activation_checkpointing,
         )
         self.loss = DINOLoss(out_dim, student_temperature, center_momentum)
         self.view_sizes: list[int] = []

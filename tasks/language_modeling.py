@@ -27,6 +27,7 @@ class LanguageModeling(Task):
         context_length: longest input in tokens; None: the data's.
         seed: of the initial weights; None: the run's seed.
         compile: compile each transformer block.
+        activation_checkpointing: recompute each block in the backward pass instead of storing its activations.
     """
 
     forward_methods = ("generate",)
@@ -40,8 +41,9 @@ class LanguageModeling(Task):
         context_length: int | None = None,
         seed: int | None = None,
         compile: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, seed, compile)
+        super().__init__(optimizer, seed, compile, activation_checkpointing)
         self.gpt, self.ffn = as_config(GPTConfig, gpt), as_config(FFNConfig, ffn)
         self.keep_hyperparameters(
             gpt=self.gpt,
@@ -51,6 +53,7 @@ class LanguageModeling(Task):
             context_length=context_length,
             seed=seed,
             compile=compile,
+            activation_checkpointing=activation_checkpointing,
         )
         self.val_metrics, self.test_metrics = TextMetrics(), TextMetrics()
 

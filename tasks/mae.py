@@ -37,6 +37,7 @@ class MAE(SelfSupervised):
         channels: of the images; None: the data's.
         seed: of the initial weights; None: the run's seed.
         compile: compile each transformer block.
+        activation_checkpointing: recompute each block in the backward pass instead of storing its activations.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class MAE(SelfSupervised):
         channels: int | None = None,
         seed: int | None = None,
         compile: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, seed, compile)
+        super().__init__(optimizer, seed, compile, activation_checkpointing)
         self.ffn = as_config(FFNConfig, ffn)
         self.decoder_ffn = self.ffn if decoder_ffn is None else as_config(FFNConfig, decoder_ffn)
         self.normalize_pixels = normalize_pixels
@@ -75,6 +77,7 @@ class MAE(SelfSupervised):
             channels=channels,
             seed=seed,
             compile=compile,
+            activation_checkpointing=activation_checkpointing,
         )
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 

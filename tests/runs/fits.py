@@ -30,6 +30,7 @@ from moa_lightning.callbacks import default_callbacks
 from moa_lightning.checkpoints import RunCheckpointIO
 from moa_lightning.models import GPTConfig
 from moa_lightning.optim import OptimizerConfig
+from moa_lightning.parallel import FSDPStrategy
 
 from ..soak.watch import Poison
 
@@ -39,6 +40,7 @@ FFNS = ("gelu", "la", "moa")
 FITS = [f"{task}-{ffn}" for task in TASKS for ffn in FFNS]
 ACCUMULATED = [f"{task}-moa" for task in TASKS]
 STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp2"}
+HYBRID = "hsdp"  # two copies, each sharded over half of the processes
 BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
 LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
 CLIP = 0.5
@@ -118,12 +120,15 @@ def share(values: list[Tensor]) -> float:
 
 
 def gradient_norm(task: L.LightningModule) -> float:
-    """Of all gradients as one vector, in float64: each process adds its shards, then the sums are added."""
+    """Of all gradients as one vector, in float64: each process adds its shards, then the sums are added; of copies only
+    one counts."""
     gradients = [p.grad for p in task.parameters() if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     total = torch.stack([g.double().square().sum() for g in local]).sum()
-    if any(isinstance(g, DTensor) for g in gradients):
+    meshes = {g.device_mesh for g in gradients if isinstance(g, DTensor)}
+    if meshes:
         dist.all_reduce(total)
+        total /= max(mesh.size(0) if mesh.ndim == 2 else 1 for mesh in meshes)
     return float(total.sqrt())
 
 
@@ -215,7 +220,7 @@ def fit(
     trainer = L.Trainer(
         accelerator="cpu",
         devices=int(os.environ.get("WORLD_SIZE", 1)),
-        strategy=STRATEGIES[kind],
+        strategy=FSDPStrategy(replicas=2) if kind == HYBRID else STRATEGIES[kind],
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=CLIP,

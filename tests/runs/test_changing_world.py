@@ -1,19 +1,20 @@
 """A run that goes on with another number of processes and another strategy, in the middle of epochs, four times.
 
 Every leg starts from the checkpoint of the one before: a file after one process and DDP, a folder of shards after
-FSDP2. So this reads files into shards, shards into other numbers of shards, and shards into whole tensors. No sample
-may be lost or repeated; the rest may differ from one process as it does between world sizes (test_world_sizes.py).
+FSDP2, alone or hybrid. So this reads files into shards, shards into other numbers of shards, and shards into whole
+tensors. No sample may be lost or repeated; the rest may differ from one process as it does between world sizes
+(test_world_sizes.py).
 """
 
 import pytest
 import torch
 
-from .fits import ACCUMULATED, LEG, LEG_BATCH, STEPS, Record, fit, leg
+from .fits import ACCUMULATED, HYBRID, LEG, LEG_BATCH, STEPS, Record, fit, leg
 from .golden import deviation
 from .group import run_group
 from .test_world_sizes import LOSS, NORM, WEIGHTS
 
-LEGS = (("one", 1), ("ddp", 2), ("fsdp", 4), ("fsdp", 3), ("one", 1))
+LEGS = (("one", 1), ("ddp", 2), (HYBRID, 4), ("fsdp", 3), ("one", 1))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,69 @@
+"""`moa export`: the weights of a run as one safetensors file, from a checkpoint in a file or in shards.
+
+The file holds the net's tensors under their names in it, whole, and in its metadata the task and its hyper-parameters
+as JSON, from which the same net can be built again. No optimiser, no callbacks, nothing that could run code.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from .errors import UserError
+
+NET = "net."
+
+
+def export_command(argv: list[str]) -> None:
+    """The command; raises UserError for a mistake in the input."""
+    parser = argparse.ArgumentParser(prog="moa export", description=__doc__.partition("\n")[0])
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run: a file or a folder of shards")
+    parser.add_argument("--out", required=True, type=Path, help="file to write, for instance model.safetensors")
+    options = parser.parse_args(argv)
+    count, size = export(options.ckpt_path, options.out)
+    print(f"{options.out}: {count} tensors, {size:,} bytes")
+
+
+def export(checkpoint: str, out: Path) -> tuple[int, int]:
+    """Write the weights of a checkpoint.
+
+    Args:
+        checkpoint: a file or a folder of shards.
+        out: the safetensors file.
+
+    Returns:
+        Number of tensors, and bytes of the file.
+
+    Raises:
+        UserError: the file exists, or the checkpoint is not one of a run.
+    """
+    from safetensors.torch import save_file
+
+    from .checkpoints import RunCheckpointIO
+    from .run_folder import checkpoint_path
+
+    path = str(checkpoint_path(checkpoint, None))
+    if out.exists():
+        raise UserError(f"'{out}' exists already; remove it or choose another --out")
+    content = RunCheckpointIO().load_checkpoint(path)
+    tensors = {
+        name.removeprefix(NET): tensor.contiguous().clone()  # tied tensors share memory, which safetensors refuses
+        for name, tensor in content.get("state_dict", {}).items()
+        if name.startswith(NET)
+    }
+    if not tensors:
+        raise UserError(f"checkpoint '{path}' holds no net; give one that a run of moa has written")
+    metadata = {
+        "format": "pt",
+        "step": str(content["global_step"]),
+        "hyper_parameters": json.dumps(content.get("hyper_parameters", {})),
+    }
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata)
+        os.replace(partial, out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"'{out}' cannot be written ({error.strerror}); choose another --out") from error
+    return len(tensors), out.stat().st_size
