@@ -75,7 +75,8 @@ Memory, FLOPs, network, time and cost of a fit, without its devices and its data
   moa plan -c configs/language/gpt_124m.yaml -c configs/ffn/moa.yaml --device h100 --devices 8
 Without --devices: how many are needed. The options are those of moa fit, and:
 
-  --device KIND                   a100-40, a100-80, h100, h200, b200, l40s, rtx4090; or any name with --memory and --tflops
+  --device KIND                   a100-40, a100-80, h100, h200, b200, l40s, rtx4090; or any other name, with
+                                  --memory and --tflops
   --devices N                     of them, on all machines together
   --mfu SHARE                     of the peak FLOP/s that the run will reach (default 0.4, an assumption)
   --price X                       of one device for an hour; without it no cost is given

@@ -23,7 +23,7 @@ from .settings import Settings, read_settings
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"moa plan: {message}")
+        raise UserError(message)
 
 
 def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -108,71 +108,64 @@ Row = tuple[str, Callable[[Plan], Any]]
 MEMORY: tuple[Row, ...] = (
     ("weights", lambda plan: plan.measurement.weights),
     ("gradients", lambda plan: plan.measurement.gradients),
-    ("gradient buckets (DDP)", lambda plan: plan.measurement.buckets),
+    ("DDP buckets", lambda plan: plan.measurement.buckets),
     ("optimiser state", lambda plan: plan.measurement.optimizer),
-    ("saved activations", lambda plan: plan.measurement.activations),
+    ("activations", lambda plan: plan.measurement.activations),
     ("peak", lambda plan: plan.measurement.peak),
 )
 
 
 def table(plans: list[Plan]) -> Table:
-    """One column for each number of devices; the smallest that fits as configured is marked."""
-    first = plans[0]
-    settings, measured = first.settings, first.measurement
+    """What does not depend on the number of devices above; below a column for each number, the smallest that fits as
+    configured marked."""
     marked = next((plan for plan in plans if plan.fits and plan.factor == 1), None)
-    shown = Table(title=_title(first), title_justify="left", title_style="bold")
+    shown = Table(title=_title(plans[0]), title_justify="left", title_style="")
     shown.add_column("devices")
     for plan in plans:
-        shown.add_column(f"{plan.devices}{' *' if plan is marked else ''}", justify="right")
+        shown.add_column(f"{plan.devices}{' *' if plan is marked else ''}", justify="right", no_wrap=True)
 
     def add(name: str, value: Callable[[Plan], str]) -> None:
         shown.add_row(name, *(value(plan) for plan in plans))
 
-    add("parameters, trained", lambda plan: f"{measured.trained:,}")
-    add("  in mixes", lambda plan: f"{measured.mixes:,}")
-    add("  in embeddings", lambda plan: f"{measured.embeddings:,}")
-    if measured.held:
-        add("parameters, not trained", lambda plan: f"{measured.held:,}")
-    add("samples a device and micro-batch", lambda plan: f"{plan.batch_size // plan.devices:,}")
-    add("micro-batches a step", lambda plan: f"{plan.accumulate:,}")
+    add("samples a device", lambda plan: f"{plan.batch_size // plan.devices:,}")
+    add("micro-batches", lambda plan: f"{plan.accumulate:,}")
     shown.add_section()
     for name, value in MEMORY:
         if any(value(plan) for plan in plans):
             add(name, lambda plan, value=value: gigabytes(value(plan)))  # type: ignore[misc]
     add("fits", _fits)
     shown.add_section()
-    add("FLOPs a step", lambda plan: f"{plan.flops_per_step:.3g}")
     for kind in sorted({kind for plan in plans for kind in plan.sent_per_step}):
-        add(f"sent a step, {kind}", lambda plan, kind=kind: gigabytes(plan.sent_per_step.get(kind, 0)))  # type: ignore[misc]
+        add(f"{kind} sends", lambda plan, kind=kind: gigabytes(plan.sent_per_step.get(kind, 0)))  # type: ignore[misc]
     if any(plan.network_seconds for plan in plans):
-        add("  seconds at link speed", lambda plan: f"{plan.network_seconds or 0:.3g}")
-    add("seconds a step", lambda plan: f"{plan.step_seconds:.3g}")
-    shown.add_section()
-    add("steps", lambda plan: f"{plan.steps:,}")
-    if settings.tokens_per_sample is None:
-        add("samples", lambda plan: f"{plan.samples:,}")
-    else:
-        add("tokens", lambda plan: f"{plan.tokens:,}")
-    add("time", lambda plan: duration(plan.seconds))
-    add("device-hours", lambda plan: f"{plan.device_hours:,.3g}")
-    if first.price is not None:
+        add("  link seconds", lambda plan: f"{plan.network_seconds or 0:.3g}")
+    add("step seconds", lambda plan: f"{plan.step_seconds:.3g}")
+    add("time to the end", lambda plan: duration(plan.seconds))
+    add("device-hours", lambda plan: f"{plan.device_hours:.3g}")
+    if plans[0].price is not None:
         add("cost", lambda plan: f"{plan.cost:,.2f}")
     return shown
 
 
 def _title(plan: Plan) -> str:
-    settings, device = plan.settings, plan.device
-    peak = device.peak(settings.precision)
+    settings, device, measured = plan.settings, plan.device, plan.measurement
+    peak = device.peak(settings.precision) / 1e12
+    amount = f"{plan.samples:,} samples" if plan.tokens is None else f"{plan.tokens:,} tokens"
+    held = f", {measured.held:,} not trained" if measured.held else ""
     return (
-        f"{type(settings.new_task()).__name__} on {device.name} ({gigabytes(device.memory)}, {peak / 1e12:,.4g} TFLOP/s), "
-        f"{settings.strategy}, {settings.precision}, MFU {plan.efficiency:g}; memory, bytes and seconds a device"
+        f"{device.name} ({gigabytes(device.memory)}, {peak:,.4g} TFLOP/s), strategy {settings.strategy}, "
+        f"{settings.precision}\n"
+        f"{measured.trained:,} trained parameters, {measured.mixes:,} in mixes, {measured.embeddings:,} in embeddings"
+        f"{held}\n"
+        f"{plan.steps:,} steps of {plan.samples_per_step:,} samples and {plan.flops_per_step:.4g} FLOPs: {amount}\n"
+        f"Memory and bytes sent in a step are one device's; times assume an MFU of {plan.efficiency:g}"
     )
 
 
 def _fits(plan: Plan) -> str:
     if not plan.fits:
         return "no"
-    return "yes" if plan.factor == 1 else f"in micro-batches of 1/{plan.factor}"
+    return "yes" if plan.factor == 1 else f"in 1/{plan.factor}"
 
 
 def as_json(plans: list[Plan], sentence: str) -> dict[str, Any]:

@@ -129,9 +129,7 @@ class Planner:
                 f"{devices} devices: choose a multiple"
             )
         measurement = self._measure(devices, batch_size // devices, self.settings.accumulate * factor)
-        return Plan(
-            devices, self.device, self.settings, measurement, self.steps, self.efficiency, self.price, factor
-        )
+        return Plan(devices, self.device, self.settings, measurement, self.steps, self.efficiency, self.price, factor)
 
     def _measure(self, devices: int, samples: int, accumulate: int) -> Measurement:
         settings = self.settings
@@ -155,11 +153,21 @@ class Planner:
         if plan.measurement.state > self.device.memory:
             return None
         samples = plan.batch_size // plan.devices
-        for factor in (k for k in range(2, samples + 1) if samples % k == 0):
-            smaller = self.plan(plan.devices, factor)
-            if smaller.fits:
-                return smaller
-        return None
+        sizes = [n for n in range(1, samples) if samples % n == 0]
+        least = self.plan(plan.devices, samples)
+        if not least.fits:
+            return None
+        # What is held at a moment grows by so much a sample, and the peak is the largest of several moments. So it
+        # lies below the straight line between two sizes: what fits by the line fits, and a larger size may too.
+        room = (self.device.memory - least.measurement.peak) / (plan.measurement.peak - least.measurement.peak)
+        certain = max(n for n in sizes if n - 1 <= room * (samples - 1))
+        best = least
+        for n in sizes[sizes.index(certain) :]:
+            trial = self.plan(plan.devices, samples // n)
+            if not trial.fits:
+                break
+            best = trial
+        return best
 
     def numbers(self) -> Iterator[Plan]:
         """The run on 1, 2, 4, ... devices, each with micro-batches that fit or else as configured, until it fits as

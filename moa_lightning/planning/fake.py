@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ..mixing import MixCoefficients
 from ..parallel import FSDPStrategy
-from .tracker import Tracker, local_bytes
+from .tracker import FakeMode, Tracker, local_bytes
 
 
 @dataclass(frozen=True)
@@ -128,31 +128,31 @@ class _Shards(FSDPStrategy):
             super().setup_environment()
 
 
-class _Batches:
-    """A few batches of the same shapes."""
+class _OneBatch:
+    """A loader of one batch."""
 
-    def __init__(self, batch: Callable[[], dict[str, Any]], count: int) -> None:
-        self.batch, self.count = batch, count
+    def __init__(self, batch: Callable[[], dict[str, Any]]) -> None:
+        self.batch = batch
 
     def __len__(self) -> int:
-        return self.count
+        return 1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self.batch() for _ in range(self.count))
+        yield self.batch()
 
 
 class _NoData(L.LightningDataModule):
-    """What a data module knows without its data, and batches without content."""
+    """What a data module knows without its data, and a batch without content."""
 
-    def __init__(self, datamodule: L.LightningDataModule, batches: _Batches) -> None:
+    def __init__(self, datamodule: L.LightningDataModule, batch: Callable[[], dict[str, Any]]) -> None:
         super().__init__()
-        self.datamodule, self.batches = datamodule, batches
+        self.datamodule, self.batch = datamodule, batch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.datamodule, name)
 
-    def train_dataloader(self) -> _Batches:
-        return self.batches
+    def train_dataloader(self) -> _OneBatch:
+        return _OneBatch(self.batch)
 
     def val_dataloader(self) -> list[Any]:
         return []
@@ -201,23 +201,25 @@ def measure(
         datamodule: what the task asks for open sizes; its data are not read.
         strategy: auto (one device), ddp or fsdp2.
         precision: of the Trainer.
-        accumulate: micro-batches of a step. Two are executed at most: the later ones do as the second does.
+        accumulate: micro-batches of a step. One is executed: the only one, or one of those after the first, which
+            find gradients of earlier ones.
         gpu: with the norms of a GPU.
         clip: the Trainer's options of gradient clipping.
     """
-    micro_batches = min(accumulate, 2)
     tracker = Tracker(devices)
     observer = _Observer(tracker)
     norms = GPUNorms() if gpu else nullcontext()
     task = new_task()
-    with _group(devices, strategy), FakeTensorMode(allow_non_fake_inputs=True), norms, tracker:
+    with _group(devices, strategy), FakeMode(allow_non_fake_inputs=True), norms, tracker:
         _without_values(task)
-        trainer = _trainer(strategy, devices, precision, micro_batches, observer, clip or {})
-        trainer.fit(task, datamodule=_NoData(datamodule, _Batches(batch, micro_batches)))
-        return _measurement(task, trainer, observer, micro_batches)
+        if accumulate > 1:
+            task.optimizer_zero_grad = lambda *args: None
+        trainer = _trainer(strategy, devices, precision, observer, clip or {})
+        trainer.fit(task, datamodule=_NoData(datamodule, batch))
+        return _measurement(task, trainer, observer)
 
 
-def _measurement(task: Any, trainer: L.Trainer, observer: _Observer, micro_batches: int) -> Measurement:
+def _measurement(task: Any, trainer: L.Trainer, observer: _Observer) -> Measurement:
     net: nn.Module = task.net
     trained = [p for p in net.parameters() if p.requires_grad]
     mixes = [p for m in net.modules() if isinstance(m, MixCoefficients) for p in m.parameters(recurse=False)]
@@ -237,7 +239,7 @@ def _measurement(task: Any, trainer: L.Trainer, observer: _Observer, micro_batch
         optimizer=local_bytes(states),
         activations=observer.activations,
         peak=observer.tracker.peak,
-        micro_batch_sent={kind: sent // micro_batches for kind, sent in observer.tracker.sent.items() if sent},
+        micro_batch_sent={kind: sent for kind, sent in observer.tracker.sent.items() if sent},
         step_sent=once,
     )
 
@@ -256,9 +258,7 @@ def _embeddings(net: nn.Module) -> Iterator[Tensor]:
                 yield parameter
 
 
-def _trainer(
-    strategy: str, devices: int, precision: Any, micro_batches: int, observer: L.Callback, clip: dict[str, Any]
-) -> L.Trainer:
+def _trainer(strategy: str, devices: int, precision: Any, observer: L.Callback, clip: dict[str, Any]) -> L.Trainer:
     spread: str | Strategy = "auto"
     if strategy != "auto":
         spread = _Shards() if strategy == "fsdp2" else _Copies()
@@ -269,7 +269,6 @@ def _trainer(
         plugins=[] if strategy == "auto" else [_Cluster(devices)],
         precision=precision,
         max_steps=1,
-        accumulate_grad_batches=micro_batches,
         callbacks=[observer],
         limit_val_batches=0,
         num_sanity_val_steps=0,

@@ -119,9 +119,9 @@ def read_settings(config: dict[str, Any], options: list[Option], fragments: list
         UserError: what `moa fit` would say, and what a plan cannot do.
     """
     with tempfile.TemporaryDirectory() as folder:
+        config = {**config, "data": _data_left_open(config, options)}
         tree = Tree(option_roots("fit"), copy.deepcopy(config), fragments, DEFAULT_CLASSES)
         options = tree.enter_classes(options)
-        _leave_data_open(tree.config)
         tree.check(options)
         merged = Path(folder) / "config.yaml"
         merged.write_text(yaml.safe_dump(tree.config, sort_keys=False))
@@ -144,21 +144,28 @@ def read_settings(config: dict[str, Any], options: list[Option], fragments: list
     )
 
 
-def _leave_data_open(config: dict[str, Any]) -> None:
-    """Name the task's usual data module where none is, and fill in the places of data."""
-    model, given = config.get("model"), config.get("data")
-    name = model.get("class_path") if isinstance(model, dict) else model
-    if name is None:
-        return  # the check says so
-    chosen = {"class_path": given} if isinstance(given, str) else dict(given or {})
-    if "class_path" not in chosen:
-        text = issubclass(find_class(tasks.Task, name, "model"), tasks.LanguageModeling)
-        chosen["class_path"] = import_path(data.TextFiles if text else data.Images)
-        chosen["init_args"] = {"source": UNREAD, **(chosen.get("init_args") or {})}
-    arguments = chosen["init_args"] = dict(chosen.get("init_args") or {})
-    module = find_class(data.DataModule, chosen["class_path"], "data")
-    for place, parameter in inspect.signature(module.__init__).parameters.items():
-        required = parameter.default is inspect.Parameter.empty
-        if place in PLACES and arguments.get(place, UNREAD if required else "") in (None, UNREAD):
+def _data_left_open(config: dict[str, Any], options: list[Option]) -> Any:
+    """What a config says of its data, with the task's usual data module where none is named, and with something in the
+    places where data are."""
+    model, module = (_class_name(name, config, options) for name in ("model", "data"))
+    given = config.get("data")
+    arguments = dict(given.get("init_args") or {}) if isinstance(given, dict) else {}
+    if module is None:
+        if model is None:
+            return given  # the check says so
+        text = issubclass(find_class(tasks.Task, model, "--model"), tasks.LanguageModeling)
+        module, arguments = import_path(data.TextFiles if text else data.Images), {"source": None, **arguments}
+    parameters = inspect.signature(find_class(data.DataModule, module, "--data")).parameters
+    for place in (name for name in PLACES if name in parameters):
+        required = parameters[place].default is inspect.Parameter.empty
+        if arguments.get(place, None if required else UNREAD) is None:
             arguments[place] = UNREAD
-    config["data"] = chosen
+    others = {key: value for key, value in given.items() if key != "init_args"} if isinstance(given, dict) else {}
+    return {**others, "class_path": module, "init_args": arguments}
+
+
+def _class_name(name: str, config: dict[str, Any], options: list[Option]) -> str | None:
+    """The class that the command line, or else the config, names for the task or the data."""
+    typed = [option.value for option in options if option.key in (name, f"{name}.class_path")]
+    given = config.get(name)
+    return typed[-1] if typed else given.get("class_path") if isinstance(given, dict) else given

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,6 +33,28 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in local}.values())
 
 
+class FakeMode(FakeTensorMode):
+    """FakeTensorMode that knows how often it is entered: DTensor enters it again to work out shapes, on tensors of full
+    size that no real run holds."""
+
+    depth = 0
+
+    def __enter__(self) -> "FakeMode":
+        self.depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.depth -= 1
+        super().__exit__(*args)
+
+
+def _fake_place() -> tuple[int, int]:
+    """Which fake mode is active, and how deep in it this is."""
+    mode = active_fake_mode()
+    return id(mode), getattr(mode, "depth", 0)
+
+
 class Tracker(TorchDispatchMode):
     """Counts while it is entered; storages that were there before can be added by hand.
 
@@ -48,7 +71,7 @@ class Tracker(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __enter__(self) -> "Tracker":
-        self._mode = active_fake_mode()
+        self._place = _fake_place()
         original = self._resize = torch.UntypedStorage.resize_
 
         # FSDP2 frees and refills gathered parameters in this way, which no operation shows
@@ -68,7 +91,7 @@ class Tracker(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its local operations are counted
         result = func(*args, **(kwargs or {}))
-        if active_fake_mode() is self._mode:  # DTensor works out shapes in a fake mode of its own
+        if _fake_place() == self._place:
             if func.namespace in ("c10d", "_c10d_functional"):
                 self._count(func.name(), args)
             for leaf in tree_leaves(result):
