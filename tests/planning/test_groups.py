@@ -2,6 +2,8 @@
 
 import pytest
 
+import tasks
+from moa_lightning.models import GPTConfig
 from moa_lightning.planning.fake import measure
 from tests.planning.group import run_group
 from tests.planning.nets import BATCH, TASKS, Sizes
@@ -35,6 +37,16 @@ def test_shards_of_two_are_halves(task):
     one, two = planned(task, "auto", 1), planned(task, "fsdp2", 2)
     assert two.state == pytest.approx(one.state / 2, rel=0.05)
     assert one.trained == two.trained
+
+
+def test_a_device_of_eight_never_holds_the_whole_net():
+    def task() -> tasks.Task:
+        return tasks.LanguageModeling(GPTConfig(depth=8, dim=136, num_heads=4))
+
+    sizes = Sizes("language", samples=1)
+    plan = measure(task, sizes.batch, sizes, "fsdp2", 8, clip={"gradient_clip_val": 1.0})
+    # its shards, what one sample keeps, and a few of eight blocks at a time: less than all weights alone
+    assert plan.peak < plan.state + plan.activations + 4 * plan.trained
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])

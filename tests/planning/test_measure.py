@@ -1,4 +1,4 @@
-"""What is measured without content is what real nets have and do: parameters, FLOPs, seconds and bytes to measure it."""
+"""What is measured without content is what real nets have and do, and quickly measured."""
 
 import resource
 import time
