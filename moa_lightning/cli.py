@@ -80,7 +80,8 @@ def _dispatch(command: str, rest: list[str]) -> int:
             print(COMMAND_HELP[command], end="")
             return 0
         return _run_lightning(command, rest)
-    own: dict[str, Callable[[list[str]], int | None]] = {"ablate": _ablate, "data": _data, "export": _export}
+    own: dict[str, Callable[[list[str]], int | None]]
+    own = {"ablate": _ablate, "data": _data, "export": _export, "plan": _plan}
     if command not in own:
         raise UserError(f"unknown command '{command}'; choose from {', '.join([*LIGHTNING_COMMANDS, *own])}")
     return own[command](rest) or 0
@@ -102,6 +103,12 @@ def _data(argv: list[str]) -> None:
     from data.writers import data_command
 
     data_command(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    from .planning.command import plan_command
+
+    return plan_command(argv)
 
 
 def _run_lightning(command: str, argv: list[str]) -> int:

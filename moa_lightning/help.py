@@ -10,6 +10,7 @@ USAGE = """usage: moa COMMAND ...
   test       on the test split, once the settings are chosen
   predict    features of images, losses of texts
   ablate     a grid of runs with a table and plots: moa ablate configs/grids/quickstart.yaml
+  plan       what a run needs, before it has it: moa plan -c configs/language/gpt_124m.yaml --device h100
   data       write WebDataset shards:  moa data images --source fashion_mnist --out shards
   export     the weights as one file:  moa export --ckpt_path RUN/checkpoints/last.ckpt --out mae.safetensors
 
@@ -66,6 +67,30 @@ the run
   --seed_everything N             initial weights (default 0); the data's order has --data.seed
 
 moa fit --help all                every option of the trainer and the checkpoints
+"""
+
+
+PLAN = f"""usage: moa plan --device KIND [--devices N] [-c FILE ...] [--option value ...]
+
+Memory, FLOPs, network, time and cost of a fit, without its devices and its data:
+  moa plan -c configs/language/gpt_124m.yaml -c configs/ffn/moa.yaml --device h100 --devices 8
+Without --devices: how many are needed. The options are those of moa fit, and:
+
+  --device KIND                   a100-40, a100-80, h100, h200, b200, l40s, rtx4090; or any other name, with
+                                  --memory and --tflops
+  --devices N                     of them, on all machines together
+  --mfu SHARE                     of the peak FLOP/s that the run will reach (default 0.4, an assumption)
+  --price X                       of one device for an hour; without it no cost is given
+  --train_samples N               samples of an epoch, for a run whose length is in epochs
+  --memory GB, --tflops N         of a device, at the run's precision; they replace those of a known kind
+  --bandwidth GB                  that a device sends in a second
+  --json                          for machines: bytes, seconds, FLOPs
+
+{_CONFIGS}
+sizes that come from data, where no data module says them
+  --model.vocab_size N            --data.context_length N   --data.image_size N   --data.channels N
+
+Compilation is left out: it lowers the memory of activations, and by how much depends on the compiler.
 """
 
 

@@ -43,7 +43,8 @@ class DINOLoss(nn.Module):
         cross = -torch.einsum("tbk,sbk->ts", q, log_p) / q.shape[1]  # (globals, crops)
         different = ~torch.eye(*cross.shape, dtype=torch.bool, device=cross.device)
         entropy = -(q * log_q).sum(-1).mean()
-        return cross[different].mean(), entropy
+        # a sum and not cross[different], for which a GPU would have to tell the host how many there are
+        return torch.where(different, cross, 0.0).sum() / different.sum(), entropy
 
     @staticmethod
     def _crops(student: Tensor, teacher: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
