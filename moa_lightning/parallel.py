@@ -40,6 +40,9 @@ class FSDPStrategy(ModelParallelStrategy):
         low_precision_parameters: blocks gather their parameters in bfloat16 and reduce gradients in float32; the
             coefficients of mixes stay in float32. For precision bf16-mixed: half the traffic.
         save_distributed_checkpoint: write one file a rank (loadable by any world size) instead of one merged file.
+
+    Raises:
+        UserError: the devices do not make so many equal parts.
     """
 
     def __init__(
@@ -61,25 +64,22 @@ class FSDPStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        self._checkpoint_group = dist.new_group(backend="gloo")  # type: ignore[assignment]
+        self.shard_mesh = self._mesh()
         if self._checkpoint_io is None:
             self.checkpoint_io = RunCheckpointIO()
 
-    def shard(self, net: nn.Module, methods: tuple[str, ...]) -> None:
-        """Shard a net over the devices, see `shard`.
-
-        Raises:
-            UserError: the devices do not make so many equal parts.
-        """
+    def _mesh(self) -> DeviceMesh:
         replicas = self.num_nodes if self.replicas == "nodes" else self.replicas
         if replicas < 1 or self.world_size % replicas:
             raise UserError(f"replicas is {replicas}, which does not divide the {self.world_size} devices")
-        shards, kind = self.world_size // replicas, self.root_device.type
-        if replicas > 1:
-            mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicas", "shards"))
-        else:
-            mesh = init_device_mesh(kind, (shards,), mesh_dim_names=("shards",))
-        shard(net, mesh, methods, self.low_precision_parameters)
+        if replicas == 1:
+            return self.device_mesh["data_parallel"]
+        sizes = (replicas, self.world_size // replicas)
+        return init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("replicas", "shards"))
+
+    def shard(self, net: nn.Module, methods: tuple[str, ...]) -> None:
+        """Shard a net over the devices, see `shard`."""
+        shard(net, self.shard_mesh, methods, self.low_precision_parameters)
 
     @property
     def run_checkpoint_io(self) -> RunCheckpointIO:
@@ -93,6 +93,8 @@ class FSDPStrategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
+        if self._checkpoint_group is None:
+            self._checkpoint_group = dist.new_group(backend="gloo")  # type: ignore[assignment]
         assert self._checkpoint_group is not None
         self.run_checkpoint_io.save_shards(checkpoint, Path(self.broadcast(filepath)), self._checkpoint_group)
 
