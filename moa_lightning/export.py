@@ -6,7 +6,6 @@ as JSON, from which the same net can be built again. No optimiser, no callbacks,
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from .errors import UserError
@@ -37,6 +36,7 @@ def export(checkpoint: str, out: Path) -> tuple[int, int]:
     Raises:
         UserError: the file exists, or the checkpoint is not one of a run.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from .checkpoints import RunCheckpointIO
@@ -58,12 +58,9 @@ def export(checkpoint: str, out: Path) -> tuple[int, int]:
         "step": str(content["global_step"]),
         "hyper_parameters": json.dumps(content.get("hyper_parameters", {})),
     }
-    partial = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
-        os.replace(partial, out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"'{out}' cannot be written ({error.strerror}); choose another --out") from error
+        save_file(tensors, out, metadata)  # it writes a temporary file and renames it
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{out}' cannot be written ({error}); choose another --out") from error
     return len(tensors), out.stat().st_size
