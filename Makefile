@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := moa_lightning tasks data tests
 
-.PHONY: quickstart test lint types unit clean
+.PHONY: quickstart test lint types unit soak clean
 
 quickstart: $(VENV)/.installed  ## train {GELU, LA, MoA} x {language, MAE, DINO}, end with a table and pictures
 	$(BIN)/moa ablate configs/grids/quickstart.yaml
@@ -21,6 +21,11 @@ types: $(VENV)/.installed-dev
 unit: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs  # takes two processes itself
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/runs
+
+soak: $(VENV)/.installed-dev  ## an hour and a half: 60 kills, 300 malformed inputs, half an hour with flat memory
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.kills
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.malformed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.endurance
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
