@@ -21,6 +21,10 @@ from .options import Option
 LONGEST_VALUE = 60
 ADVERTISEMENT = re.compile(r"\s*(HINT:|Find a complete list|For more information|See:? http).*", re.DOTALL)
 WORKER = re.compile(r"Caught UserError in DataLoader worker process.*\n\S*UserError: (.*)\Z", re.DOTALL)
+DEAD_WORKER = re.compile(
+    r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: \w[\w ]*|exited unexpectedly)"
+)
+HANGING_WORKER = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
 UNLOADABLE = re.compile(r"Error\(s\) in loading state_dict for (\w+):\s*(.*)", re.DOTALL)
 # what Lightning and torch say of themselves in every run, none of which a user can act on
 NOISE = (
@@ -36,6 +40,7 @@ NOISE = (
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
     ".*LightningCLI's args parameter is intended.*",
+    ".*could be decompression bomb DOS attack.*",  # data.image_base says so itself
     ".*The number of training batches .* is smaller than the logging interval.*",
 )
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list"}
@@ -117,6 +122,19 @@ def loading_mistake(message: str) -> str | None:
     )
 
 
+def worker_mistake(message: str) -> str | None:
+    """The sentence for a data worker that died or hangs; None for other messages."""
+    dead, hanging = DEAD_WORKER.search(message), HANGING_WORKER.search(message)
+    if dead:
+        return (
+            f"a process that reads data died ({dead[1]}), most often for lack of memory: lower data.num_workers or "
+            "data.batch_size, and go on with --ckpt_path last"
+        )
+    if hanging:
+        return f"no batch came in {float(hanging[1]):g} seconds: check that the disk with the data answers"
+    return None
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what Lightning says about itself."""
@@ -146,7 +164,7 @@ def mistakes(options: list[Option], fragments: list[Fragment]) -> Iterator[None]
         message = str(error)
         if isinstance(error, argparse.ArgumentError) or "Does not validate against" in message:
             raise UserError(parsing_mistake(message, options, fragments)) from error
-        unloadable = loading_mistake(message)
-        if isinstance(error, MisconfigurationException) or unloadable is not None:
-            raise UserError(unloadable or ADVERTISEMENT.sub("", message)) from error
+        known = loading_mistake(message) or worker_mistake(message)
+        if isinstance(error, MisconfigurationException) or known is not None:
+            raise UserError(known or ADVERTISEMENT.sub("", message)) from error
         raise
