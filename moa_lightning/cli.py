@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .configs import Fragment, auto_precision, compose, load_config, lookup, merge
+from .allowed import allow_packages, check_fragments
+from .configs import Fragment, auto_precision, compose, load_config, lookup
 from .errors import UserError
 from .help import COMMAND_HELP, USAGE
 
@@ -68,7 +69,9 @@ def _say(message: str) -> None:
 
 
 def _one_line(message: str) -> str:
-    return re.sub(r"\s+", " ", message).strip()
+    """A message without line breaks, and with control characters spelled out: a file name may hold any."""
+    text = re.sub(r"\s+", " ", message).strip()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -102,10 +105,12 @@ def _run_lightning(command: str, argv: list[str]) -> int:
         raise UserError(f"moa {command} needs --ckpt_path with the checkpoint to load")
     config = compose(fragments)
     modules = [option.value or "" for option in options if option.key == "import"]
+    check_fragments(fragments, modules)
+    allow_packages(modules)
     if modules:
-        config = merge(config, {"import": modules})
+        config["import"] = modules  # which name each one that the files ask for
         options = [option for option in options if option.key != "import"]
-    for name in config.get("import") or []:
+    for name in modules:
         import_module(name)
     options, notes = resolve_precision(config, options)
     from .lightning_cli import run_lightning_command

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from .allowed import refusal
 from .configs import Fragment, origin
 from .errors import UserError
 from .options import Option
 
 LONGEST_VALUE = 60
+DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 ADVERTISEMENT = re.compile(r"\s*(HINT:|Find a complete list|For more information|See:? http).*", re.DOTALL)
 WORKER = re.compile(r"Caught UserError in DataLoader worker process.*\n\S*UserError: (.*)\Z", re.DOTALL)
 DEAD_WORKER = re.compile(
@@ -63,6 +65,9 @@ def parsing_mistake(message: str, options: list[Option], fragments: list[Fragmen
     expected = [kind for kind in re.findall(r"Expected an? (.*?)(?:\. Got value: .*)?$", message, re.M) if kind]
     expected = [kind for kind in expected if "NoneType" not in kind and "path" not in kind]
     value = re.search(r"Got value: (.*)$", message, re.M) or re.search(r"Given value: (.*)$", message, re.M)
+    denied = DENIED.search(message)
+    if denied:
+        return refusal(denied[1], f"{key or 'the config'}:")
     if key in ("trainer.callbacks", "trainer.logger"):
         return _list_mistake(key, message)
     if not expected or not key or value is None:
