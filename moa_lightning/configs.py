@@ -69,7 +69,7 @@ def load_config(path: str) -> Fragment:
     """
     file = resolve_config(path)
     try:
-        content = _parse(file)
+        content = parse_yaml(file)
     except RecursionError as error:
         raise UserError(f"config file '{path}' is nested too deeply") from error
     except (yaml.YAMLError, ValueError, OverflowError, OSError) as error:
@@ -85,11 +85,16 @@ def load_config(path: str) -> Fragment:
     return Fragment(path, content)
 
 
-def _parse(file: Path) -> Any:
-    """What a YAML file holds; ValueError where it is too large, or grows too large by aliases."""
+def parse_yaml(file: Path, loader_class: type[yaml.SafeLoader] = _Loader) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError, OSError: it is none, or larger than a config is; aliases count as
+            what they stand for.
+    """
     if file.stat().st_size > MOST_BYTES:
         raise ValueError(f"it is larger than {MOST_BYTES:,} bytes")
-    loader = _Loader(file.read_text(encoding="utf-8"))
+    loader = loader_class(file.read_text(encoding="utf-8"))
     try:
         node = loader.get_single_node()
         if node is None:
