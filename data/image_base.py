@@ -76,9 +76,7 @@ def decode(content: bytes, channels: int, file: str, name: Callable[[], str]) ->
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadSample(
-                    file, f"{name()} has {image.width} x {image.height} pixels, more than {MAX_PIXELS}: make it smaller"
-                )
+                raise Image.DecompressionBombError
             if image.format == "JPEG" and content.count(START_OF_SCAN) > MAX_SCANS:
                 raise BadSample(file, f"{name()} is drawn in more than {MAX_SCANS} scans: store it anew")
             if image.format == "GIF":  # torchvision would decode all frames of an animated one
@@ -88,6 +86,8 @@ def decode(content: bytes, channels: int, file: str, name: Callable[[], str]) ->
         pixels = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode)
     except BadSample:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadSample(file, f"{name()} has more than {MAX_PIXELS:,} pixels: make it smaller") from error
     except Exception as error:  # decoders raise whatever their parsers raise
         what = f"{name()} ({len(content)} bytes) cannot be decoded as an image"
         raise BadSample(file, f"{what}: remove or repair it") from error

@@ -106,7 +106,7 @@ class Grid:
     @property
     def modules(self) -> set[str]:
         """Modules that the runs import by an override."""
-        options = [self.overrides, *(part.overrides for part in (*self.tasks, *self.variants))]
+        options = [self.overrides, *(task.overrides for task in self.tasks), *(v.overrides for v in self.variants)]
         return {part["import"] for part in options if "import" in part}
 
     def runs(self) -> list[Run]:
