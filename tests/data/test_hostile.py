@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from data.shards import MOST_CLASSES, ShardIndex, ShardMembers, expand
 from moa_lightning.errors import UserError
 from tests.data.conftest import picture, write_pictures
 from tests.data.test_shards import png, write_tar
+from tests.soak.mutations import damage
 
 
 def header(name: bytes, size: bytes, kind: bytes = b"0", link: bytes = b"") -> bytes:
@@ -263,6 +265,24 @@ def test_sixteen_bits_become_eight():
     pixels = decode(buffer.getvalue(), 1, "x", lambda: "x")
     assert pixels.dtype == torch.uint8
     assert (pixels[0].double() - torch.from_numpy(values / 257.0)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_damaged_pictures_end_in_a_sentence_and_not_in_the_end_of_the_process(kind):
+    """In a process of its own: torchvision's PNG decoder dies of every second one."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture(0, 40, 56).permute(1, 2, 0).numpy()).save(buffer, kind)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libjpeg comments on what it meets
+        draw, bad = random.Random(kind), 0
+        for _ in range(300):
+            try:
+                decode(damage(buffer.getvalue(), draw), 3, "x", lambda: "x")
+            except UserError:
+                bad += 1
+        os._exit(0 if bad > 100 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_folders_whose_links_go_in_circles(tmp_path):
