@@ -8,6 +8,7 @@ import argparse
 import difflib
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from .configs import Fragment, origin
 from .errors import UserError
 from .options import Option
 
-LONGEST_VALUE = 60
+LONGEST_VALUE, LONGEST_REASON = 60, 200
+RESTORING = ("restore", "_restore", "resume")
 DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 ADVERTISEMENT = re.compile(r"\s*(HINT:|Find a complete list|For more information|See:? http).*", re.DOTALL)
 WORKER = re.compile(r"Caught UserError in DataLoader worker process.*\n\S*UserError: (.*)\Z", re.DOTALL)
@@ -27,6 +29,7 @@ DEAD_WORKER = re.compile(
     r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: \w[\w ]*|exited unexpectedly)"
 )
 HANGING_WORKER = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
+PEER = re.compile(r"Connection (closed|reset) by peer|remote process exited")
 UNLOADABLE = re.compile(r"Error\(s\) in loading state_dict for (\w+):\s*(.*)", re.DOTALL)
 # what Lightning and torch say of themselves in every run, none of which a user can act on
 NOISE = (
@@ -127,8 +130,8 @@ def loading_mistake(message: str) -> str | None:
     )
 
 
-def worker_mistake(message: str) -> str | None:
-    """The sentence for a data worker that died or hangs; None for other messages."""
+def process_mistake(message: str) -> str | None:
+    """The sentence for a data worker that died or hangs, or a process of the run that ended; None for others."""
     dead, hanging = DEAD_WORKER.search(message), HANGING_WORKER.search(message)
     if dead:
         return (
@@ -137,6 +140,8 @@ def worker_mistake(message: str) -> str | None:
         )
     if hanging:
         return f"no batch came in {float(hanging[1]):g} seconds: check that the disk with the data answers"
+    if PEER.search(message):
+        return "another process of this run has ended, and this one cannot go on alone; the other one says why"
     return None
 
 
@@ -162,14 +167,38 @@ def mistakes(options: list[Option], fragments: list[Fragment]) -> Iterator[None]
     """Exceptions that a user's mistake causes become UserErrors; all others pass."""
     try:
         yield
-    except (argparse.ArgumentError, MisconfigurationException, ValueError, RuntimeError) as error:
+    except Exception as error:
         found = find_user_error(error)
         if found is not None:
             raise found from error
-        message = str(error)
-        if isinstance(error, argparse.ArgumentError) or "Does not validate against" in message:
-            raise UserError(parsing_mistake(message, options, fragments)) from error
-        known = loading_mistake(message) or worker_mistake(message)
-        if isinstance(error, MisconfigurationException) or known is not None:
-            raise UserError(known or ADVERTISEMENT.sub("", message)) from error
-        raise
+        sentence = _sentence(error, options, fragments)
+        if sentence is None:
+            raise
+        raise UserError(sentence) from error
+
+
+def _sentence(error: Exception, options: list[Option], fragments: list[Fragment]) -> str | None:
+    """What to say about an exception that a user's mistake or the machine caused; None for others."""
+    message = str(error)
+    if isinstance(error, argparse.ArgumentError) or (
+        isinstance(error, ValueError) and "Does not validate against" in message
+    ):
+        return parsing_mistake(message, options, fragments)
+    known = loading_mistake(message) or process_mistake(message) if isinstance(error, RuntimeError) else None
+    if known is not None:
+        return known
+    if isinstance(error, MisconfigurationException):
+        return ADVERTISEMENT.sub("", message)
+    if _while_loading(error):
+        what = f"{type(error).__name__}: {message[:LONGEST_REASON]}"
+        return f"the checkpoint cannot be loaded ({what}); it is damaged or of another program, so give another one"
+    return None
+
+
+def _while_loading(error: Exception) -> bool:
+    """Whether an exception comes from below Lightning's restoring of a checkpoint, which trusts what it finds there."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code.co_filename.endswith("checkpoint_connector.py") and code.co_name.startswith(RESTORING):
+            return True
+    return False

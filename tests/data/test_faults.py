@@ -14,7 +14,7 @@ from data import Images, ImageShards, TextFiles, TextShards
 from data.base import SUBSTITUTES, DataModule
 from moa_lightning.callbacks import DataFaults
 from moa_lightning.errors import UserError
-from moa_lightning.mistakes import mistakes, worker_mistake
+from moa_lightning.mistakes import mistakes, process_mistake
 from tests.data.conftest import write_pictures
 from tests.data.test_shards import png, write_tar
 
@@ -318,7 +318,7 @@ def test_a_worker_that_hangs_is_one_sentence(pictures, monkeypatch):
     module.setup()
     with pytest.raises(RuntimeError) as caught:
         list(module.train_dataloader())
-    assert worker_mistake(str(caught.value)) == "no batch came in 1 seconds: check that the disk with the data answers"
+    assert process_mistake(str(caught.value)) == "no batch came in 1 seconds: check that the disk with the data answers"
 
 
 def test_an_unknown_choice_is_named():

@@ -9,6 +9,7 @@ named canary.
 import argparse
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -41,7 +42,7 @@ BAD = ("traceback", "hang", "crash", "partial output", "executed", "more than a 
 
 
 class Outcome(NamedTuple):
-    """How a case ended: "ran", "refused" or one of BAD; and what it printed."""
+    """How a case ended: "ran", "refused", "stopped" (after a step, whose run is kept) or one of BAD; what it printed."""
 
     verdict: str
     printed: str
@@ -269,6 +270,8 @@ def _verdict(code: int | None, printed: str, new: set[Path]) -> str:
     sentences = [line for line in printed.splitlines() if line.startswith("moa: ")]
     if len(sentences) != 1:
         return "more than a sentence"
+    if re.search(r"^step \d+/\d+ ", printed, re.MULTILINE):
+        return "stopped"
     return "partial output" if new else "refused"
 
 
@@ -311,7 +314,7 @@ def soak(count: int, seed: int, keep: Path | None) -> Counter[tuple[str, str]]:
 
 def table(tally: Counter[tuple[str, str]]) -> str:
     """Kinds of input down, verdicts across."""
-    verdicts = ("refused", "ran", *BAD)
+    verdicts = ("refused", "ran", "stopped", *BAD)
     lines = ["input | cases | " + " | ".join(verdicts), " | ".join(["---"] * (len(verdicts) + 2))]
     for kind in (*KINDS, "all"):
         row = [sum(n for (k, v), n in tally.items() if kind in (k, "all") and v == verdict) for verdict in verdicts]
