@@ -42,7 +42,7 @@ BAD = ("traceback", "hang", "crash", "partial output", "executed", "more than a 
 
 
 class Outcome(NamedTuple):
-    """How a case ended: "ran", "refused", "stopped" (after a step, whose run is kept) or one of BAD; what it printed."""
+    """How a case ended ("ran", "refused", "stopped" after a step, whose run is kept, or one of BAD), what it printed."""
 
     verdict: str
     printed: str
@@ -206,7 +206,21 @@ KINDS: dict[str, Callable[[Path, random.Random], list[str]]] = {
     "text": bad_text,
     "checkpoint": bad_checkpoint,
 }
-SHARE = ("config",) * 9 + ("shard",) * 4 + ("image",) * 2 + ("checkpoint",) * 3 + ("index of a shard", "text")
+SHARE = (  # of twenty cases, mixed so that a few have some of each
+    *("config", "shard", "config", "image", "config", "checkpoint", "config", "text", "config", "shard"),
+    *(
+        "config",
+        "index of a shard",
+        "config",
+        "checkpoint",
+        "config",
+        "image",
+        "config",
+        "shard",
+        "shard",
+        "checkpoint",
+    ),
+)
 
 
 def run(arguments: list[str], folder: Path) -> Outcome:
@@ -219,7 +233,7 @@ def run(arguments: list[str], folder: Path) -> Outcome:
     code = _wait(child)
     printed = shown.read_text(errors="backslashreplace")
     new = {path for path in _files(folder) - before if not path.name.endswith(".index.json")}
-    return Outcome(_verdict(code, printed, new), printed)
+    return Outcome(verdict_of(code, printed, new), printed)
 
 
 def _be_child(arguments: list[str], folder: Path, shown: Path) -> None:
@@ -256,7 +270,8 @@ def _wait(child: int) -> int | None:
     return None
 
 
-def _verdict(code: int | None, printed: str, new: set[Path]) -> str:
+def verdict_of(code: int | None, printed: str, new: set[Path]) -> str:
+    """The verdict on an exit code (None: killed for its time), the output and the new files."""
     if any(path.name == "canary" for path in new):
         return "executed"
     if code is None:
