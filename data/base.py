@@ -6,21 +6,29 @@ loader asks the Trainer how many batches it has processed since the very beginni
 reader is saved, and a run can go on with another number of devices or workers. The total counter is used instead of
 Lightning's epoch number because the latter is not yet corrected when a resumed run builds its loader. Use
 `Trainer(use_distributed_sampler=False)`: batches are already shared among the devices.
+
+A sample that cannot be read is fatal, or, with `on_bad_sample: skip`, its place is taken by another one that depends
+on (seed, epoch, index) alone. So every rank keeps its number of steps, and what is trained on does not depend on the
+number of devices or workers. In evaluation the place is marked as padding, which nobody counts. The batch lists such
+faults under the key "faults", where there are any; a callback adds them up.
 """
 
 import os
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from data.faults import BAD, BadSample, Fault, OnBadSample, take_slow
 from data.sampling import EvalBatches, Key, TrainBatches, check_batch_size
 from moa_lightning.errors import UserError
 from moa_lightning.random import sample_seed
 
 EVAL_SEED = 0
+SUBSTITUTES = 100  # tried for a sample that cannot be read
+WORKER_SECONDS = 1800.0  # that a worker process may take for a batch, before it counts as hanging
 
 
 class Samples(Dataset[dict[str, Any]], ABC):
@@ -29,6 +37,9 @@ class Samples(Dataset[dict[str, Any]], ABC):
     Args:
         seed: of everything random about the samples.
     """
+
+    training: bool  # whether a sample in the place of a bad one counts
+    on_bad_sample: OnBadSample = "raise"
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -48,10 +59,33 @@ class Samples(Dataset[dict[str, Any]], ABC):
         epoch, index = key
         position = ~index if index < 0 else index
         seed = sample_seed(self.seed, epoch, position)
-        sample = self.sample(position, epoch, seed)
-        if index < 0:
+        found, sample, bad = self._readable(position, epoch, seed)
+        counted = index >= 0 and (self.training or not bad)
+        if not counted:
             sample = self.uncounted(sample)
-        return {**sample, "id": max(index, -1), "seed": seed}
+        faults = [*(bad if index >= 0 else []), *take_slow()]  # padding is a sample that another rank counts
+        return {**sample, "id": found if counted else -1, "seed": seed, "faults": faults}
+
+    def _readable(self, position: int, epoch: int, seed: int) -> tuple[int, dict[str, Any], list[Fault]]:
+        """The sample at a position or the one in its place: its index, itself, and the fault that was met."""
+        faults: list[Fault] = []
+        candidate = position
+        for attempt in range(1, SUBSTITUTES + 1):
+            try:
+                return candidate, self.sample(candidate, epoch, seed), faults
+            except BadSample as error:
+                last = str(error)
+                if self.on_bad_sample == "raise":
+                    raise UserError(last) from error
+                faults = faults or [(BAD, error.file)]
+            candidate = sample_seed(seed, attempt, position) % len(self)
+        raise UserError(f"{SUBSTITUTES} samples in a row could not be read, and the last error was: {last}")
+
+    def batch(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Samples to a batch, with the faults that were met on the way."""
+        faults = [fault for sample in samples for fault in sample.pop("faults")]
+        batch = self.collate(samples)
+        return {**batch, "faults": faults} if faults else batch
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Samples to a batch."""
@@ -77,9 +111,19 @@ class DataModule(L.LightningDataModule, ABC):
         seed: of order, crops and augmentations in training; None: the run's (--seed_everything). Held-out samples
             always have EVAL_SEED, so that every run is judged on the same masks.
         shuffle_block: samples that stay neighbours in the shuffled order, see `sampling.epoch_order`; 0: none.
+        on_bad_sample: what a sample does that cannot be read: "raise" ends the run, "skip" takes another one instead.
+            Data that is missing or damaged when the run starts is fatal either way, as it would shift the numbers of
+            the samples.
     """
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int | None, shuffle_block: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int,
+        seed: int | None,
+        shuffle_block: int = 0,
+        on_bad_sample: OnBadSample = "raise",
+    ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
@@ -87,7 +131,11 @@ class DataModule(L.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        if on_bad_sample not in get_args(OnBadSample):
+            raise UserError(f"on_bad_sample is {on_bad_sample!r}; choose from {', '.join(get_args(OnBadSample))}")
         self.shuffle_block = shuffle_block
+        self.on_bad_sample = on_bad_sample
+        self.faults: list[Fault] = []  # met while the splits were built
         self.splits: dict[str, Samples] = {}
 
     @abstractmethod
@@ -106,6 +154,8 @@ class DataModule(L.LightningDataModule, ABC):
         """
         if not self.splits:
             self.splits = self.build()
+            for samples in self.splits.values():
+                samples.on_bad_sample = self.on_bad_sample
         if stage in (None, "fit"):
             check_batch_size(self.train_samples, self.batch_size, self._rank_and_world_size()[1])
 
@@ -165,9 +215,10 @@ class DataModule(L.LightningDataModule, ABC):
         return Loader(
             samples,
             batch_sampler=batches,
-            collate_fn=samples.collate,
+            collate_fn=samples.batch,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            timeout=WORKER_SECONDS if self.num_workers > 0 else 0,
             pin_memory=self.trainer is not None and isinstance(self.trainer.accelerator, CUDAAccelerator),
         )
 

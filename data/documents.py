@@ -5,16 +5,20 @@ file, by a hash of the file's name, so that a file stays on its side when others
 well under a second from a warm disk, so nothing is cached.
 """
 
+import codecs
 import glob
 import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from data.faults import OnBadSample
 from moa_lightning.errors import UserError
 
+Encoding = Literal["bytes", "utf-8"]
+NO_UTF8 = "repair it, or choose data.encoding bytes or data.on_bad_sample skip"
 SPLITS = ("train", "val", "test")
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -26,6 +30,13 @@ class Document(NamedTuple):
     content: bytes
 
 
+class Corpus(NamedTuple):
+    """Documents, and the files that were left out because their text is bad."""
+
+    documents: list[Document]
+    bad: list[str]
+
+
 def stdlib_documents() -> list[Document]:
     """The .py files of the running interpreter's standard library, without packages of others and without tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -33,7 +44,7 @@ def stdlib_documents() -> list[Document]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
-    return _read(((path.relative_to(root).as_posix(), path) for path in paths), f"standard library {root}")
+    return _read([(path.relative_to(root).as_posix(), path) for path in paths])
 
 
 def file_documents(source: str | Sequence[str]) -> list[Document]:
@@ -47,12 +58,42 @@ def file_documents(source: str | Sequence[str]) -> list[Document]:
     if not paths:
         raise UserError("no text files were given: name a file, a folder or a glob")
     base = Path(os.path.commonpath([path.parent for path in paths]))
-    return _read(((path.relative_to(base).as_posix(), path) for path in paths), f"text source {source!r}")
+    return _read([(path.relative_to(base).as_posix(), path) for path in paths])
 
 
-def read_documents(source: str | Sequence[str]) -> list[Document]:
-    """`stdlib_documents` for the source "stdlib", else `file_documents`."""
-    return stdlib_documents() if source in ("stdlib", ["stdlib"]) else file_documents(source)
+def read_corpus(source: str | Sequence[str], encoding: Encoding = "bytes", on_bad: OnBadSample = "raise") -> Corpus:
+    """The documents of "stdlib" or of files.
+
+    Args:
+        source: "stdlib", or what `file_documents` takes.
+        encoding: "bytes" takes every file, "utf-8" only what is valid UTF-8.
+        on_bad: with "skip" files that are not are left out, with "raise" they are fatal.
+
+    Raises:
+        UserError: nothing to read, or a bad file.
+    """
+    found = stdlib_documents() if source in ("stdlib", ["stdlib"]) else file_documents(source)
+    documents, bad = [], []
+    for document in found:
+        place = None if encoding == "bytes" else invalid_utf8(document.content)
+        if place is None:
+            documents.append(document)
+        elif on_bad == "raise":
+            raise UserError(f"text file {document.name!r} is not UTF-8 at byte {place}: {NO_UTF8}")
+        else:
+            bad.append(document.name)
+    if not documents:
+        raise UserError(f"text source {source!r} holds no text: every file in it is empty{' or bad' if bad else ''}")
+    return Corpus(documents, bad)
+
+
+def invalid_utf8(content: bytes) -> int | None:
+    """The first byte that is no UTF-8; None where all is, but for a character that is cut off at the end."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(content)
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -74,20 +115,31 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _read(files: Iterable[tuple[str, Path]], what: str) -> list[Document]:
-    documents = [Document(name, path.read_bytes()) for name, path in sorted(files)]
-    if not any(document.content for document in documents):
-        raise UserError(f"{what} holds no text: every file in it is empty")
-    return [document for document in documents if document.content]
+def _read(files: Iterable[tuple[str, Path]]) -> list[Document]:
+    """The files that are not empty, sorted by name."""
+    documents = []
+    for name, path in sorted(files):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"text file {str(path)!r} cannot be read ({error.strerror}): check it") from error
+        if content:
+            documents.append(Document(name, content))
+    return documents
 
 
 def corpus_sha256(documents: Iterable[Document]) -> str:
     """A digest of names and contents, to tell whether two runs saw the same text."""
     digest = hashlib.sha256()
     for name, content in documents:
-        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(encoded(f"{name}\0{len(content)}\0"))
         digest.update(content)
     return digest.hexdigest()
+
+
+def encoded(name: str) -> bytes:
+    """The bytes of a name; what was no UTF-8 in it comes out as it was."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
@@ -109,7 +161,7 @@ def split_names(names: Sequence[str], val_fraction: float, test_fraction: float)
         UserError: bad fractions, or nothing is left for training.
     """
     check_fractions(val_fraction, test_fraction)
-    place = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64 for name in names]
+    place = [int.from_bytes(hashlib.blake2b(encoded(name), digest_size=8).digest(), "big") / 2**64 for name in names]
     order = sorted(range(len(names)), key=place.__getitem__)
     tests = max(sum(p < test_fraction for p in place), int(test_fraction > 0))
     vals = max(sum(p < test_fraction + val_fraction for p in place) - tests, int(val_fraction > 0))

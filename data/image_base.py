@@ -5,24 +5,31 @@ evaluation it is the plain view, and validation hands out two loaders: the bank 
 and the query (validation images), which is what nearest-neighbour and linear evaluation compare.
 """
 
+import io
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import grayscale_to_rgb, rgb_to_grayscale
 
 from data.base import EVAL_SEED, DataModule, Loader, Samples
+from data.faults import BadSample, OnBadSample
+from data.shards import UNLABELLED
 from data.transforms import SingleView, Transform, View, plain_view, seeded
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+MAX_PIXELS = 89_478_485  # of an image: a quarter of a gigabyte as RGB, from where Pillow warns too
+START_OF_SCAN, MAX_SCANS = b"\xff\xda", 100  # of a JPEG; progressive ones have about ten, and each costs a pass
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-UNLABELLED = -1
 
 
 class ImageReader(Protocol):
@@ -58,21 +65,42 @@ class Selection:
         return self.images[int(self.indices[index])]
 
 
-def decode(content: bytes, channels: int, name: Callable[[], str]) -> Tensor:
+def decode(content: bytes, channels: int, file: str, name: Callable[[], str]) -> Tensor:
     """An encoded image as uint8 (channels, H, W).
 
+    The header is read first, so that a small file cannot claim a memory full of pixels.
+
     Raises:
-        UserError: the bytes are no image; `name` says which.
+        BadSample: the bytes are no image, or too large a one; `name` says which, and it is counted under `file`.
     """
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
     try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if image.format == "JPEG" and content.count(START_OF_SCAN) > MAX_SCANS:
+                raise BadSample(file, f"{name()} is drawn in more than {MAX_SCANS} scans: store it anew")
+            # torchvision decodes JPEG in two thirds of Pillow's time, but dies of a damaged PNG (0.29: SIGSEGV), and of
+            # an animated GIF it decodes all frames
+            if image.format in ("PNG", "GIF"):
+                return _pixels(image, channels)
+        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
         # bytearray: torch wants memory that it may write to
-        pixels = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{name()} ({len(content)} bytes) cannot be decoded as an image: remove or repair it"
-        ) from error
-    return pixels[0] if pixels.ndim == 4 else pixels  # an animated GIF: its first frame
+        return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode)
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample(file, f"{name()} has more than {MAX_PIXELS:,} pixels: make it smaller") from error
+    except Exception as error:  # decoders raise whatever their parsers raise
+        what = f"{name()} ({len(content)} bytes) cannot be decoded as an image"
+        raise BadSample(file, f"{what}: remove or repair it") from error
+
+
+def _pixels(image: Image.Image, channels: int) -> Tensor:
+    """What Pillow decodes, of several frames the first."""
+    if image.mode.startswith("I;16"):  # Pillow itself would cut off what is above 255
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1).contiguous()
 
 
 def with_channels(pixels: Tensor, channels: int) -> Tensor:
@@ -165,8 +193,9 @@ class ImageModule(DataModule):
         num_workers: int,
         seed: int | None,
         shuffle_block: int = 0,
+        on_bad_sample: OnBadSample = "raise",
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, shuffle_block)
+        super().__init__(batch_size, num_workers, seed, shuffle_block, on_bad_sample)
         if channels not in (1, 3):
             raise UserError(f"channels is {channels} but must be 1 (grey) or 3 (RGB)")
         if min(image_size, bank_size, max_val_samples or 1) < 1 or not 0 < crop_ratio <= 1:
@@ -198,8 +227,9 @@ class ImageModule(DataModule):
             splits["val"] = self._samples(self._choose(data["val"], self.max_val_samples, "val"))
         if "test" in data:
             splits["test"] = self._samples(data["test"])
-        for part in data.values():
-            part.images[0]  # an unreadable set should stop here, not in a worker
+        if self.on_bad_sample == "raise":
+            for part in data.values():
+                part.images[0]  # an unreadable set should stop here, not in a worker
         return splits
 
     def _samples(self, data: LabelledImages, training: bool = False) -> ImageSamples:

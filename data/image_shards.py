@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from data.faults import OnBadSample
 from data.image_base import EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD, ImageModule, LabelledImages, decode
 from data.images import statistics
 from data.shards import ShardMembers, expand
@@ -19,7 +20,9 @@ class ShardImages:
         return len(self.members)
 
     def __getitem__(self, index: int) -> Tensor:
-        return decode(self.members.read(index), self.channels, lambda: self.members.name(index))
+        return decode(
+            self.members.read(index), self.channels, self.members.file(index), lambda: self.members.name(index)
+        )
 
 
 class ImageShards(ImageModule):
@@ -40,6 +43,8 @@ class ImageShards(ImageModule):
         shuffle_block: neighbours in a shard that stay together while 16 such blocks are mixed; 0 shuffles freely.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
         seed: of order, crops and augmentations; None: the run's (--seed_everything).
+        on_bad_sample: "raise": an image that cannot be read ends the run; "skip": it is counted, and another one takes
+            its place.
 
     Raises:
         UserError: options that make no sense; in `setup`, shards that are missing, damaged, empty or without images.
@@ -62,6 +67,7 @@ class ImageShards(ImageModule):
         shuffle_block: int = 256,
         num_workers: int = 0,
         seed: int | None = None,
+        on_bad_sample: OnBadSample = "raise",
     ) -> None:
         super().__init__(
             image_size=image_size,
@@ -76,6 +82,7 @@ class ImageShards(ImageModule):
             num_workers=num_workers,
             seed=seed,
             shuffle_block=shuffle_block,
+            on_bad_sample=on_bad_sample,
         )
         self.patterns = {name: value for name, value in (("train", train), ("val", val), ("test", test)) if value}
         self._described: dict[str, str | int] = {}

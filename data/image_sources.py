@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.documents import SPLITS, split_names
+from data.documents import SPLITS, encoded, split_names
+from data.faults import reading
 from data.image_base import EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD, UNLABELLED, LabelledImages, decode, with_channels
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
@@ -79,7 +80,9 @@ class FileImages:
 
     def __getitem__(self, index: int) -> Tensor:
         path = self.paths[index]
-        return decode(Path(path).read_bytes(), self.channels, lambda: path)
+        with reading(path, lambda: path):
+            content = Path(path).read_bytes()
+        return decode(content, self.channels, path, lambda: path)
 
 
 def stratified_split(labels: Tensor, fractions: dict[str, float], seed: int) -> dict[str, Tensor]:
@@ -234,7 +237,7 @@ def read_folder(folder: str, channels: int, fractions: dict[str, float]) -> Sour
         trees[split] = (base, [names[i] for i in chosen[split]])
     splits = {split: _labelled(path, files, classes, channels) for split, (path, files) in trees.items() if files}
     listing = "".join(f"{split}/{name}\n" for split, (_, files) in trees.items() for name in files)
-    return Source(splits, classes or None, hashlib.sha256(listing.encode()).hexdigest())
+    return Source(splits, classes or None, hashlib.sha256(encoded(listing)).hexdigest())
 
 
 def _labelled(base: Path, names: list[str], classes: list[str], channels: int) -> LabelledImages:
@@ -255,12 +258,19 @@ def _class_of(path: str) -> str | None:
 def _image_files(root: Path) -> list[str]:
     """Relative paths of the images under a folder, sorted."""
     found = []
-    for folder, _, names in os.walk(root, followlinks=True):
+    visited: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:  # links that lead back would go round and round
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        subfolders.sort()  # whatever the order on the disk, a folder reached twice belongs to its first name
         for name in names:
             if name.rpartition(".")[2].lower() in EXTENSIONS and not name.startswith("."):
                 path = os.path.join(folder, name)
-                if not os.path.getsize(path):
-                    raise UserError(f"{path} is empty: remove it or put the image back")
+                if not os.path.isfile(path) or not os.path.getsize(path):
+                    raise UserError(f"{path} is empty or no file: remove it or put the image back")
                 found.append(Path(path).relative_to(root).as_posix())
     if not found:
         raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)})")

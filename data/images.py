@@ -1,6 +1,7 @@
 """The data module for images that lie at hand: MNIST-5k, Fashion-MNIST, CIFAR-10, or a folder."""
 
 from data.documents import check_fractions
+from data.faults import OnBadSample
 from data.image_base import ImageModule, LabelledImages
 from data.image_sources import FOLDER_TRAITS, READERS, TRAITS, Source, read_folder, read_mnist5k
 from data.transforms import View
@@ -27,6 +28,8 @@ class Images(ImageModule):
         num_workers: loader processes for each device and loader; 0 reads in the training process.
         seed: of order, crops and augmentations; None: the run's (--seed_everything).
         split_seed: of the split of the packaged sets; apart from `seed`, so that runs with other seeds stay comparable.
+        on_bad_sample: "raise": an image that cannot be read ends the run; "skip": it is counted, and another one takes
+            its place.
 
     Raises:
         UserError: options that make no sense; in `setup`, data that is missing, empty or unreadable.
@@ -51,6 +54,7 @@ class Images(ImageModule):
         num_workers: int = 0,
         seed: int | None = None,
         split_seed: int = 0,
+        on_bad_sample: OnBadSample = "raise",
     ) -> None:
         traits = TRAITS.get(source, FOLDER_TRAITS)
         channels = traits.channels if channels is None else channels
@@ -66,6 +70,7 @@ class Images(ImageModule):
             std=std or statistics(traits.std, channels),
             num_workers=num_workers,
             seed=seed,
+            on_bad_sample=on_bad_sample,
         )
         check_fractions(val_fraction, test_fraction)
         self.source, self.root, self.download, self.split_seed = source, root, download, split_seed

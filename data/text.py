@@ -7,14 +7,15 @@ and counts every byte after the first exactly once.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.base import EVAL_SEED, DataModule, Samples
-from data.documents import corpus_sha256, read_documents, split_documents
+from data.documents import Encoding, corpus_sha256, read_corpus, split_documents
+from data.faults import BAD, OnBadSample
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
 
@@ -72,6 +73,8 @@ class TrainWindows(Windows):
         UserError: the text is shorter than one context and the token after it.
     """
 
+    training = True
+
     def __init__(self, source: ByteSource, context_length: int, seed: int) -> None:
         super().__init__(source, context_length, seed)
         if len(source) <= context_length:
@@ -99,6 +102,8 @@ class EvalWindows(Windows):
         limit: at most so many windows, evenly spaced over the text; None takes all.
     """
 
+    training = False
+
     def __init__(self, source: ByteSource, context_length: int, seed: int, limit: int | None = None) -> None:
         super().__init__(source, context_length, seed)
         self.windows = -(-(len(source) - 1) // context_length)
@@ -118,6 +123,7 @@ class TextModule(DataModule):
     Args:
         context_length: tokens in a sample.
         max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
+        encoding: "bytes" takes documents as they are, "utf-8" takes one that is not for a bad sample.
     """
 
     vocab_size = 256
@@ -130,8 +136,13 @@ class TextModule(DataModule):
         num_workers: int,
         seed: int | None,
         shuffle_block: int = 0,
+        on_bad_sample: OnBadSample = "raise",
+        encoding: Encoding = "bytes",
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, shuffle_block)
+        super().__init__(batch_size, num_workers, seed, shuffle_block, on_bad_sample)
+        if encoding not in get_args(Encoding):
+            raise UserError(f"encoding is {encoding!r}; choose from {', '.join(get_args(Encoding))}")
+        self.encoding = encoding
         if context_length < 1 or (max_val_samples is not None and max_val_samples < 1):
             raise UserError(f"context_length {context_length} and max_val_samples {max_val_samples} must be at least 1")
         self.context_length = context_length
@@ -172,6 +183,8 @@ class TextFiles(TextModule):
         max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
         seed: of order and window offsets; None: the run's (--seed_everything).
+        encoding: "bytes" takes files as they are, "utf-8" takes one that is not for a bad one.
+        on_bad_sample: "raise": such a file ends the run; "skip": it is left out and counted.
 
     Raises:
         UserError: in `setup`, where the source is missing, empty or too short.
@@ -187,14 +200,25 @@ class TextFiles(TextModule):
         max_val_samples: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
+        encoding: Encoding = "bytes",
+        on_bad_sample: OnBadSample = "raise",
     ) -> None:
-        super().__init__(context_length, batch_size, max_val_samples, num_workers, seed)
+        super().__init__(
+            context_length,
+            batch_size,
+            max_val_samples,
+            num_workers,
+            seed,
+            on_bad_sample=on_bad_sample,
+            encoding=encoding,
+        )
         self.source: str | Sequence[str] = source
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self._described: dict[str, str | int] = {}
 
     def build(self) -> dict[str, Samples]:
-        documents = read_documents(self.source)
+        documents, bad = read_corpus(self.source, self.encoding, self.on_bad_sample)
+        self.faults = [(BAD, name) for name in bad]
         parts = split_documents(documents, self.val_fraction, self.test_fraction)
         joined = {split: SEPARATOR.join(d.content for d in part) for split, part in parts.items()}
         self._described = {

@@ -1,8 +1,12 @@
 """The data module for text in WebDataset shards: one document (`.txt`) a sample, read from disk window by window."""
 
+import re
+
 import numpy as np
 
 from data.base import Samples
+from data.documents import NO_UTF8, Encoding, invalid_utf8
+from data.faults import BadSample, OnBadSample
 from data.shards import ShardMembers, expand
 from data.text import ByteSource, TextModule
 
@@ -10,8 +14,8 @@ from data.text import ByteSource, TextModule
 class ShardBytes:
     """The documents of several shards as one byte string, joined by NUL, of which only asked pieces are read."""
 
-    def __init__(self, members: ShardMembers) -> None:
-        self.members = members
+    def __init__(self, members: ShardMembers, encoding: Encoding = "bytes") -> None:
+        self.members, self.encoding = members, encoding
         # starts[i] is the first byte of document i; each but the last is followed by a separator
         self.starts = np.concatenate([[0], np.cumsum(members.spans[:, 1] + 1)])
 
@@ -24,12 +28,23 @@ class ShardBytes:
         while (first := int(self.starts[document])) < stop:
             low, high = max(start, first), min(stop, int(self.starts[document + 1]) - 1)
             if low < high:
-                content = self.members.read(document, low - first, high - first)
+                content = self._piece(document, low - first, high - first)
                 piece[low - start : high - start] = np.frombuffer(content, dtype=np.uint8)
             document += 1
             if document == len(self.members):
                 break
         return piece
+
+    def _piece(self, document: int, start: int, stop: int) -> bytes:
+        """Bytes start..stop-1 of a document; BadSample where they are not of the encoding."""
+        content = self.members.read(document, start, stop)
+        if self.encoding == "utf-8":
+            # a window may begin inside a character, which has at most three bytes after its first
+            middle = re.match(rb"[\x80-\xbf]{0,3}", content if start else b"")
+            place = invalid_utf8(content[middle.end() if middle else 0 :])
+            if place is not None:
+                raise BadSample(self.members.file(document), f"{self.members.name(document)} is not UTF-8: {NO_UTF8}")
+        return content
 
 
 class TextShards(TextModule):
@@ -45,6 +60,9 @@ class TextShards(TextModule):
         shuffle_block: neighbouring windows that stay together while 16 such blocks are mixed; 0 shuffles freely.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
         seed: of order and window offsets; None: the run's (--seed_everything).
+        encoding: "bytes" takes text as it is, "utf-8" takes a window that is not for a bad sample.
+        on_bad_sample: "raise": a window that cannot be read ends the run; "skip": it is counted, and another one takes
+            its place.
 
     Raises:
         UserError: in `setup`, shards that are missing, damaged, empty or without `.txt` members, or too little text.
@@ -61,8 +79,12 @@ class TextShards(TextModule):
         shuffle_block: int = 256,
         num_workers: int = 0,
         seed: int | None = None,
+        encoding: Encoding = "bytes",
+        on_bad_sample: OnBadSample = "raise",
     ) -> None:
-        super().__init__(context_length, batch_size, max_val_samples, num_workers, seed, shuffle_block)
+        super().__init__(
+            context_length, batch_size, max_val_samples, num_workers, seed, shuffle_block, on_bad_sample, encoding
+        )
         self.patterns = {name: value for name, value in (("train", train), ("val", val), ("test", test)) if value}
         self._described: dict[str, str | int] = {}
 
@@ -75,7 +97,7 @@ class TextShards(TextModule):
 
     def build(self) -> dict[str, Samples]:
         members = self._members()
-        sources: dict[str, ByteSource] = {name: ShardBytes(part) for name, part in members.items()}
+        sources: dict[str, ByteSource] = {name: ShardBytes(part, self.encoding) for name, part in members.items()}
         self._described = {
             "source": ", ".join(str(value) for value in self.patterns.values()),
             "shards": sum(len(part.paths) for part in members.values()),

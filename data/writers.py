@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torchvision.io import encode_png
 
-from data.documents import Document, read_documents, split_documents
+from data.documents import Document, read_corpus, split_documents
 from data.image_base import LabelledImages
 from data.image_sources import FOLDER_TRAITS, TRAITS, FileImages
 from data.images import Images
@@ -70,7 +70,7 @@ def write_text_shards(
     split_seed: int = 0,
 ) -> dict[str, list[Path]]:
     """Write a source of `data.TextFiles` as shards of documents; arguments and errors as in `write_image_shards`."""
-    parts = split_documents(read_documents(source), val_fraction, test_fraction)
+    parts = split_documents(read_corpus(source).documents, val_fraction, test_fraction)
     splits = {split: _texts(documents, split, split_seed) for split, documents in parts.items() if documents}
     return _write(out, splits, samples_per_shard)
 

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .configs import Fragment, auto_precision, compose, load_config, lookup, merge
+from .allowed import allow_packages, check_fragments
+from .configs import Fragment, auto_precision, compose, load_config, lookup
 from .errors import UserError
 from .help import COMMAND_HELP, USAGE
 
@@ -71,7 +72,9 @@ def _say(message: str) -> None:
 
 
 def _one_line(message: str) -> str:
-    return re.sub(r"\s+", " ", message).strip()
+    """A message without line breaks, and with control characters spelled out: a file name may hold any."""
+    text = re.sub(r"\s+", " ", message).strip()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -117,12 +120,7 @@ def _run_lightning(command: str, argv: list[str]) -> int:
     if command != "fit" and _last(options, "ckpt_path") is None and not any("help" in o.key for o in options):
         raise UserError(f"moa {command} needs --ckpt_path with the checkpoint to load")
     config = compose(fragments)
-    modules = [option.value or "" for option in options if option.key == "import"]
-    if modules:
-        config = merge(config, {"import": modules})
-        options = [option for option in options if option.key != "import"]
-    for name in config.get("import") or []:
-        import_module(name)
+    options = import_modules(config, options, fragments)
     options, notes = resolve_precision(config, options)
     from .lightning_cli import run_lightning_command
 
@@ -181,6 +179,22 @@ def _settings_of_run(options: "list[Option]") -> list[Fragment]:
         return []
     saved = load_config(str(run / CONFIG))
     return [Fragment(saved.name, {key: saved.content[key] for key in SETTINGS if key in saved.content})]
+
+
+def import_modules(config: dict[str, Any], options: "list[Option]", fragments: list[Fragment]) -> "list[Option]":
+    """Import the user's modules, put them into the config, and return the other options.
+
+    Raises:
+        UserError: a config names what it may not import.
+    """
+    modules = [option.value or "" for option in options if option.key == "import"]
+    check_fragments(fragments, modules)
+    allow_packages(modules)
+    if modules:
+        config["import"] = modules  # which name each one that the files ask for
+    for name in modules:
+        import_module(name)
+    return [option for option in options if option.key != "import"]
 
 
 def import_module(name: str) -> None:

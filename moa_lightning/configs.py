@@ -17,6 +17,7 @@ from .errors import UserError
 
 JOINED_LISTS = ("callbacks", "logger", "import")
 CLASS_LEVELS = ("init_args", "dict_kwargs")  # levels of a config that options on the command line do not spell
+MOST_BYTES, MOST_NODES = 1_000_000, 100_000  # of a config file, which has a few hundred values
 ARM_AND_X86 = ("x86_64", "AMD64", "aarch64")
 
 
@@ -68,8 +69,10 @@ def load_config(path: str) -> Fragment:
     """
     file = resolve_config(path)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        content = parse_yaml(file)
+    except RecursionError as error:
+        raise UserError(f"config file '{path}' is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, OverflowError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error)
@@ -78,7 +81,62 @@ def load_config(path: str) -> Fragment:
         return Fragment(path, {})
     if not isinstance(content, dict):
         raise UserError(f"config file '{path}' must hold keys and values, not {type(content).__name__}")
+    _check_plain(content, path, "")
     return Fragment(path, content)
+
+
+def parse_yaml(file: Path, loader_class: type[yaml.SafeLoader] = _Loader) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError, OSError: it is none, or larger than a config is; aliases count as
+            what they stand for.
+    """
+    if file.stat().st_size > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES:,} bytes")
+    loader = loader_class(file.read_text(encoding="utf-8"))
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST_NODES:
+            raise ValueError(f"it holds more than {MOST_NODES:,} values once its aliases are filled in")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Number of nodes at and below a node with aliases filled in; ValueError for one that contains itself."""
+    if id(node) not in known:
+        known[id(node)] = -1  # being counted
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    if known[id(node)] < 0:
+        raise ValueError("an alias contains itself")
+    return known[id(node)]
+
+
+def _check_plain(node: Any, path: str, key: str) -> None:
+    """Raise UserError for what is neither mapping, list, text, number, true, false nor null, and for odd keys."""
+    where = f"config file '{path}': " + (key or "the first level")
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if not isinstance(name, str):
+                raise UserError(f"{where} has the key {name!r}, {_kind(name)}; write it in quotation marks")
+            _check_plain(value, path, f"{key}.{name}" if key else name)
+    elif isinstance(node, list):
+        for value in node:
+            _check_plain(value, path, key)
+    elif node is not None and not isinstance(node, str | int | float):
+        raise UserError(f"{where} is {_kind(node)}; if text is meant, write it in quotation marks")
+
+
+def _kind(value: Any) -> str:
+    """What YAML took a value for, in words."""
+    words = {"bool": "true or false", "NoneType": "null", "int": "a number", "float": "a number"}
+    return words.get(type(value).__name__, f"a {type(value).__name__}")
 
 
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:

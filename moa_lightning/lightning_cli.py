@@ -24,7 +24,7 @@ from data.text import TextModule
 from tasks.vision import SelfSupervised
 
 from . import parallel  # noqa: F401 - registers the strategy fsdp2
-from .callbacks import default_callbacks
+from .callbacks import DataFaults, default_callbacks
 from .callbacks.checkpoint import RunCheckpoint
 from .callbacks.guard import Guard
 from .callbacks.predictions import PredictionFile
@@ -116,7 +116,7 @@ class MoaCLI(LightningCLI):
                 subclass_mode_data=True,
                 save_config_callback=SaveRunConfig if fit else None,
                 seed_everything_default=0,
-                trainer_defaults={**TRAINER_DEFAULTS, "callbacks": default_callbacks() if fit else []},
+                trainer_defaults={**TRAINER_DEFAULTS, "callbacks": default_callbacks() if fit else [DataFaults()]},
                 parser_kwargs={**strict, **{name: dict(strict) for name in COMMANDS}},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,

@@ -8,19 +8,28 @@ import argparse
 import difflib
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from .allowed import refusal
 from .configs import Fragment, origin
 from .errors import UserError
 from .options import Option
 
-LONGEST_VALUE = 60
+LONGEST_VALUE, LONGEST_REASON = 60, 200
+RESTORING = ("restore", "_restore", "resume")
+DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 ADVERTISEMENT = re.compile(r"\s*(HINT:|Find a complete list|For more information|See:? http).*", re.DOTALL)
 WORKER = re.compile(r"Caught UserError in DataLoader worker process.*\n\S*UserError: (.*)\Z", re.DOTALL)
+DEAD_WORKER = re.compile(
+    r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: \w[\w ]*|exited unexpectedly)"
+)
+HANGING_WORKER = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
+PEER = re.compile(r"Connection (closed|reset) by peer|remote process exited")
 UNLOADABLE = re.compile(r"Error\(s\) in loading state_dict for (\w+):\s*(.*)", re.DOTALL)
 # what Lightning and torch say of themselves in every run, none of which a user can act on
 NOISE = (
@@ -37,6 +46,7 @@ NOISE = (
     ".*callbacks used to create the checkpoint need to be provided.*",
     ".*torch.distributed is disabled, unavailable or uninitialized.*",
     ".*LightningCLI's args parameter is intended.*",
+    ".*could be decompression bomb DOS attack.*",  # data.image_base says so itself
     ".*The number of training batches .* is smaller than the logging interval.*",
 )
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list"}
@@ -59,6 +69,9 @@ def parsing_mistake(message: str, options: list[Option], fragments: list[Fragmen
     expected = [kind for kind in re.findall(r"Expected an? (.*?)(?:\. Got value: .*)?$", message, re.M) if kind]
     expected = [kind for kind in expected if "NoneType" not in kind and "path" not in kind]
     value = re.search(r"Got value: (.*)$", message, re.M) or re.search(r"Given value: (.*)$", message, re.M)
+    denied = DENIED.search(message)
+    if denied:
+        return refusal(denied[1], f"{key or 'the config'}:")
     if key in ("trainer.callbacks", "trainer.logger"):
         return _list_mistake(key, message)
     if not expected or not key or value is None:
@@ -118,6 +131,21 @@ def loading_mistake(message: str) -> str | None:
     )
 
 
+def process_mistake(message: str) -> str | None:
+    """The sentence for a data worker that died or hangs, or a process of the run that ended; None for others."""
+    dead, hanging = DEAD_WORKER.search(message), HANGING_WORKER.search(message)
+    if dead:
+        return (
+            f"a process that reads data died ({dead[1]}), most often for lack of memory: lower data.num_workers or "
+            "data.batch_size, and go on with --ckpt_path last"
+        )
+    if hanging:
+        return f"no batch came in {float(hanging[1]):g} seconds: check that the disk with the data answers"
+    if PEER.search(message):
+        return "another process of this run has ended, and this one cannot go on alone; the other one says why"
+    return None
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what Lightning says about itself."""
@@ -140,14 +168,38 @@ def mistakes(options: list[Option], fragments: list[Fragment]) -> Iterator[None]
     """Exceptions that a user's mistake causes become UserErrors; all others pass."""
     try:
         yield
-    except (argparse.ArgumentError, MisconfigurationException, ValueError, RuntimeError) as error:
+    except Exception as error:
         found = find_user_error(error)
         if found is not None:
             raise found from error
-        message = str(error)
-        if isinstance(error, argparse.ArgumentError) or "Does not validate against" in message:
-            raise UserError(parsing_mistake(message, options, fragments)) from error
-        unloadable = loading_mistake(message)
-        if isinstance(error, MisconfigurationException) or unloadable is not None:
-            raise UserError(unloadable or ADVERTISEMENT.sub("", message)) from error
-        raise
+        sentence = _sentence(error, options, fragments)
+        if sentence is None:
+            raise
+        raise UserError(sentence) from error
+
+
+def _sentence(error: Exception, options: list[Option], fragments: list[Fragment]) -> str | None:
+    """What to say about an exception that a user's mistake or the machine caused; None for others."""
+    message = str(error)
+    if isinstance(error, argparse.ArgumentError) or (
+        isinstance(error, ValueError) and "Does not validate against" in message
+    ):
+        return parsing_mistake(message, options, fragments)
+    known = loading_mistake(message) or process_mistake(message) if isinstance(error, RuntimeError) else None
+    if known is not None:
+        return known
+    if isinstance(error, MisconfigurationException):
+        return ADVERTISEMENT.sub("", message)
+    if _while_loading(error):
+        what = f"{type(error).__name__}: {message[:LONGEST_REASON]}"
+        return f"the checkpoint cannot be loaded ({what}); it is damaged or of another program, so give another one"
+    return None
+
+
+def _while_loading(error: Exception) -> bool:
+    """Whether an exception comes from below Lightning's restoring of a checkpoint, which trusts what it finds there."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code.co_filename.endswith("checkpoint_connector.py") and code.co_name.startswith(RESTORING):
+            return True
+    return False

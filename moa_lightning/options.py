@@ -14,6 +14,7 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from .allowed import check_import
 from .configs import CLASS_LEVELS, Fragment, lookup, origin
 from .errors import UserError
 
@@ -39,6 +40,8 @@ class Tree:
         config: the merged config files; classes named on the command line are entered, classes left out are too.
         fragments: the files, for messages.
         default_classes: the class of a dotted option that has options but no class.
+
+    A class is imported only from the project's packages and from those in the config's `import`.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Tree:
         default_classes: Mapping[str, str],
     ) -> None:
         self.roots, self.config, self.fragments, self.default_classes = roots, config, fragments, default_classes
+        self.modules: list[str] = config.get("import") or []
         self.notes: list[str] = []
         self.replaced: list[str] = []
         self.typed: set[str] = set()
@@ -64,7 +68,7 @@ class Tree:
             elif option.value in ("null", "None"):
                 self._set(key, None)
             else:
-                found = find_class(kind, option.value, f"--{key}")
+                found = find_class(kind, option.value, f"--{key}", self.modules)
                 self._set(f"{key}.class_path", import_path(found))
         for path, name in self.default_classes.items():
             if _class_of(self.config, path) is None and (
@@ -79,7 +83,7 @@ class Tree:
         for key, value in questions:
             base = self.roots.get(key.removesuffix(".help"))
             if isinstance(base, type) and value is not None:
-                found = find_class(base, value, f"--{key}")
+                found = find_class(base, value, f"--{key}", self.modules)
                 value = import_path(found)
             answers.append(Option(key, None if key == "help" else value))
         return answers
@@ -141,7 +145,7 @@ class Tree:
         if name is None:
             choices = ", ".join(class_names(base))
             raise UserError(f"no {path} is named: give --{path} with one of {choices}, or a config file that names it")
-        return find_class(base, name, self._where(f"{path}.class_path"))
+        return find_class(base, name, self._where(f"{path}.class_path"), self.modules)
 
     def _walk(self, kind: Any, node: Any, path: str) -> None:
         if not isinstance(node, dict):
@@ -173,7 +177,7 @@ class Tree:
             name = lookup(fragment.content, f"{path}.class_path") if fragment else None
         except KeyError:
             return False
-        return name is not None and find_class(base, name, path) is not self._class_at(base, path)
+        return name is not None and find_class(base, name, path, self.modules) is not self._class_at(base, path)
 
     def _where(self, key: str) -> str:
         fragment = origin(self.fragments, key)
@@ -219,13 +223,20 @@ def _has_arguments(config: dict[str, Any], path: str) -> bool:
         return False
 
 
-def find_class(base: type, name: str, where: str) -> type:
-    """The subclass of `base` with a short name or a dotted import path; UserError names the known ones."""
+def find_class(base: type, name: Any, where: str, modules: list[str]) -> type:
+    """The subclass of `base` with a short name or a dotted import path; UserError names the known ones.
+
+    Args:
+        modules: the user's own, which a path may name besides the project's packages.
+    """
+    if not isinstance(name, str):
+        raise UserError(f"{where} is {str(name)[:60]!r}; give the name of a class")
     known = {cls.__name__: cls for cls in _subclasses(base)}
     if name in known:
         return known[name]
     module, _, attribute = name.rpartition(".")
-    if module:
+    if module and all(part.isidentifier() for part in name.split(".")):
+        check_import(name, where, modules)
         try:
             found = getattr(importlib.import_module(module), attribute, None)
         except ModuleNotFoundError:

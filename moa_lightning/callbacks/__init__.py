@@ -3,6 +3,7 @@
 import lightning as L
 
 from .convergence import Convergence
+from .data_faults import DataFaults
 from .gradients import GradientNorm
 from .learning_rate import LearningRate
 from .mixing import MixingTelemetry
@@ -11,6 +12,7 @@ from .throughput import Throughput
 
 __all__ = [
     "Convergence",
+    "DataFaults",
     "GradientNorm",
     "LearningRate",
     "MixingTelemetry",
@@ -22,4 +24,4 @@ __all__ = [
 
 def default_callbacks() -> list[L.Callback]:
     """The callbacks of every run, in the order that they need: Convergence gathers what those before it log."""
-    return [LearningRate(), GradientNorm(), Throughput(), MixingTelemetry(), Pictures(), Convergence()]
+    return [LearningRate(), GradientNorm(), Throughput(), MixingTelemetry(), Pictures(), DataFaults(), Convergence()]

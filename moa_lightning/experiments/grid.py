@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from moa_lightning.configs import parse_yaml
 from moa_lightning.errors import UserError
 
 GRID_KEYS = ("name", "out", "seeds", "baseline", "tasks", "variants", "overrides", "jobs")
@@ -101,6 +102,12 @@ class Grid:
         """CPU threads that each run may use."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, cores // self.jobs)
+
+    @property
+    def modules(self) -> set[str]:
+        """Modules that the runs import by an override."""
+        options = [self.overrides, *(task.overrides for task in self.tasks), *(v.overrides for v in self.variants)]
+        return {part["import"] for part in options if "import" in part}
 
     def runs(self) -> list[Run]:
         """All runs, seeds outermost: a grid that stops half-way has compared all variants on the first seeds."""
@@ -224,8 +231,8 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        return parse_yaml(path, _StrictLoader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error

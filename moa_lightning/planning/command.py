@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from ..cli import import_module, resolve_precision, split_arguments
-from ..configs import compose, load_config, merge
+from ..cli import import_modules, resolve_precision, split_arguments
+from ..configs import compose, load_config
 from ..errors import UserError
 from ..experiments.progress import duration
 from ..help import PLAN
@@ -70,11 +70,7 @@ def plan_command(argv: list[str]) -> int:
     paths, options = split_arguments(rest)
     fragments = [load_config(path) for path in paths]
     config = compose(fragments)
-    modules = [str(option.value) for option in options if option.key == "import"]
-    config = merge(config, {"import": modules}) if modules else config
-    for name in config.get("import") or []:
-        import_module(name)
-    options = _precision(config, [option for option in options if option.key != "import"], device.gpu)
+    options = _precision(config, import_modules(config, options, fragments), device.gpu)
     with mistakes(options, fragments), quiet():
         settings = read_settings(config, options, fragments)
         planner = Planner(settings, device, settings.steps(own.train_samples), own.mfu, own.price)

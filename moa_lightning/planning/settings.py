@@ -148,14 +148,14 @@ def _data_left_open(config: dict[str, Any], options: list[Option]) -> Any:
     """What a config says of its data, with the task's usual data module where none is named, and with something in the
     places where data are."""
     model, module = (_class_name(name, config, options) for name in ("model", "data"))
-    given = config.get("data")
+    given, modules = config.get("data"), config.get("import") or []
     arguments = dict(given.get("init_args") or {}) if isinstance(given, dict) else {}
     if module is None:
         if model is None:
             return given  # the check says so
-        text = issubclass(find_class(tasks.Task, model, "--model"), tasks.LanguageModeling)
+        text = issubclass(find_class(tasks.Task, model, "--model", modules), tasks.LanguageModeling)
         module, arguments = import_path(data.TextFiles if text else data.Images), {"source": None, **arguments}
-    parameters = inspect.signature(find_class(data.DataModule, module, "--data")).parameters
+    parameters = inspect.signature(find_class(data.DataModule, module, "--data", modules)).parameters
     for place in (name for name in PLACES if name in parameters):
         required = parameters[place].default is inspect.Parameter.empty
         if arguments.get(place, None if required else UNREAD) is None:

@@ -230,7 +230,9 @@ def test_a_registered_activation_is_an_option(moa: Moa) -> None:
     assert outcome.code == 0
     assert "plain my_sine" in outcome.out
     assert yaml.safe_load(Path("run/config.yaml").read_text())["import"] == ["my_activation"]
-    assert moa("validate --ckpt_path run/checkpoints/last.ckpt").code == 0  # the run's config imports it again
+    validate = "validate --ckpt_path run/checkpoints/last.ckpt"
+    assert "add --import my_activation" in moa(validate).err  # a config alone imports nothing
+    assert moa(f"{validate} --import my_activation").code == 0
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])

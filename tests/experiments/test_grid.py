@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from moa_lightning.errors import UserError
+from moa_lightning.experiments.command import ablate_command
 from moa_lightning.experiments.grid import load_grid
 
 MakeGrid = Callable[..., Path]
@@ -110,3 +111,10 @@ def test_broken_files_are_named(make_grid: MakeGrid, tmp_path: Path) -> None:
         load_grid(path, find)
     with pytest.raises(UserError, match=r"cannot read .*absent\.yaml"):
         load_grid(tmp_path / "absent.yaml", find)
+
+
+def test_a_grid_imports_only_what_the_command_line_names(make_grid: MakeGrid) -> None:
+    path = make_grid(overrides={"import": "mine"})
+    with pytest.raises(UserError, match="imports 'mine', which runs its code; if you trust it, add --import mine"):
+        ablate_command([str(path), "--dry-run"], find)
+    assert ablate_command([str(path), "--dry-run", "--import", "mine"], find) == 0

@@ -1,0 +1,143 @@
+"""A config of a stranger: nothing outside of the project's packages is imported, no file makes the parser explode."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from moa_lightning.configs import MOST_BYTES, load_config
+from moa_lightning.errors import UserError
+from tests.cli.conftest import MAE, Moa
+
+FIT = f"{MAE} --trainer.max_steps 1 --run_dir run"
+OUTSIDE = "is outside of moa_lightning, tasks, data, lightning, torch,"
+LAMBDA = "lightning.pytorch.callbacks.LambdaCallback"
+
+
+@pytest.fixture(autouse=True)
+def canary(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module `evil` that could be imported from the working folder and would leave a file; none may be left."""
+    Path("evil.py").write_text(
+        "from pathlib import Path\nPath('canary').touch()\nimport lightning as L\n"
+        "class Sly(L.Callback): pass\ndef run(*_): Path('canary').touch()\n"
+    )
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    sys.modules.pop("evil", None)
+    yield Path("canary")
+    assert not Path("canary").exists()
+    assert "evil" not in sys.modules
+    assert not Path("run").exists()
+
+
+def hook(name: str, function: str) -> str:
+    return f"trainer: {{callbacks: [{{class_path: {LAMBDA}, init_args: {{{name}: {function}}}}}]}}"
+
+
+FILES = {
+    "model: {class_path: os.system, init_args: {command: touch canary}}": "model.class_path 'os.system'",
+    "model: os.system": "'os.system'",
+    "data: {class_path: subprocess.Popen, init_args: {args: [touch, canary]}}": "data.class_path 'subprocess.Popen'",
+    "data: {class_path: evil.Sly}": "data.class_path 'evil.Sly'",
+    "data: {init_args: {transform: {class_path: evil.Sly}}}": "data.init_args.transform.class_path 'evil.Sly'",
+    "trainer: {callbacks: [{class_path: evil.Sly}]}": "trainer.callbacks.0.class_path 'evil.Sly'",
+    "trainer: {callbacks: [evil.Sly]}": "trainer.callbacks: 'evil.Sly'",
+    "trainer: {callbacks: evil.Sly}": "trainer.callbacks: 'evil.Sly'",
+    hook("on_fit_start", "evil.run"): "'evil.run'",
+    hook("on_fit_start", "os.system"): "'os.system'",
+    hook("setup", "torch.hub.load"): "'torch.hub.load' loads code",
+    hook("setup", "torch.os.system"): "system' is outside",
+    "trainer: {logger: {class_path: evil.Sly}}": "trainer.logger.class_path 'evil.Sly'",
+    "trainer: {logger: [{class_path: evil.Sly}]}": "trainer.logger.0.class_path 'evil.Sly'",
+    "trainer: {strategy: {class_path: evil.Sly}}": "trainer.strategy.class_path 'evil.Sly'",
+    "trainer: {plugins: [{class_path: evil.Sly}]}": "trainer.plugins.0.class_path 'evil.Sly'",
+    "trainer: {profiler: {class_path: evil.Sly}}": "trainer.profiler.class_path 'evil.Sly'",
+    "import: [evil]": "asks for the module 'evil', and importing it runs its code; if you trust it, add --import evil",
+    "import: evil": "import must be a list of modules",
+    "trainer: !!python/object/apply:os.system [touch canary]": "not valid YAML: could not determine a constructor",
+    "trainer: !!python/name:os.system": "not valid YAML",
+    "trainer: !!python/module:evil": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("content", FILES)
+def test_a_config_imports_nothing_from_outside(moa: Moa, content: str) -> None:
+    Path("stranger.yaml").write_text(content)
+    outcome = moa(f"{FIT} -c stranger.yaml")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1), outcome
+    assert FILES[content] in outcome.err
+
+
+OPTIONS = [
+    "--model evil.Sly",
+    "--model os.system",
+    "--data evil.Sly",
+    "--data.transform evil.Sly",
+    "--trainer.callbacks+ evil.Sly",
+    "--trainer.callbacks+=evil.Sly",
+    '--trainer.callbacks [{"class_path":"evil.Sly"}]',
+    '--trainer.logger {"class_path":"evil.Sly"}',
+    "--trainer.strategy.class_path evil.Sly",
+    f"--trainer.callbacks+ {LAMBDA} --trainer.callbacks.on_fit_start evil.run",
+    "--model.help evil.Sly",
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_import_nothing_from_outside_either(moa: Moa, options: str) -> None:
+    outcome = moa(f"{FIT} {options}")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome
+    assert "evil" in outcome.err or "os.system" in outcome.err
+
+
+def test_a_stranger_s_run_folder_imports_nothing(moa: Moa) -> None:
+    Path("theirs/checkpoints").mkdir(parents=True)
+    Path("theirs/checkpoints/last.ckpt").write_bytes(b"")
+    Path("theirs/config.yaml").write_text("import: [evil]\nmodel: {class_path: tasks.MAE}\n")
+    outcome = moa("validate --ckpt_path theirs/checkpoints/last.ckpt")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "add --import evil" in outcome.err
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+MERGE = "m0: &m0 {k: v}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 10)}]}}\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BOMB, "more than 100,000 values once its aliases are filled in"),
+        (MERGE, "more than 100,000 values"),
+        ("a: &a [*a]\n", "an alias contains itself"),
+        ("a: &a {b: *a}\n", "an alias contains itself"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("a: " + "{a: " * 5000, "nested too deeply"),
+        ("# " + "x" * MOST_BYTES, "larger than 1,000,000 bytes"),
+        ("a: 2026-99-99\n", "not valid YAML: month must be in 1..12"),
+        ("a: 2026-11-22\n", "a is a date; if text is meant"),
+        ("a: !!binary aGk=\n", "a is a bytes"),
+        ("a: {b: !!set {c, d}}\n", "a.b is a set"),
+        ("on: 1\n", "the first level has the key True, true or false; write it in quotation marks"),
+        ("a: {[1, 2]: 3}\n", "not valid YAML"),
+        ("a: 1" + "0" * 5000, "not valid YAML"),
+        ("a: \x00\n", "not valid YAML"),
+    ],
+)
+def test_yaml_that_would_break_the_parser(content: str, message: str) -> None:
+    Path("bomb.yaml").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config("bomb.yaml")
+    assert "'bomb.yaml'" in str(caught.value)
+
+
+def test_aliases_as_people_use_them_stay() -> None:
+    Path("fine.yaml").write_text("a: &a {b: [1, 2], c: 3}\nd: *a\ne: {<<: *a, c: 4}\n")
+    assert load_config("fine.yaml").content["e"] == {"b": [1, 2], "c": 4}
+
+
+def test_a_name_cannot_write_to_the_terminal(moa: Moa) -> None:
+    outcome = moa("fit -c \x1b[31mred\x07.yaml")
+    assert outcome.code == 2
+    assert "\x1b" not in outcome.err
+    assert "\\x1b[31mred\\x07.yaml" in outcome.err

@@ -1,0 +1,37 @@
+"""A dozen of the 300 malformed inputs of `python -m tests.soak.malformed`, and that it notices what it must."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.soak.malformed import verdict_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_dozen_malformed_inputs() -> None:
+    command = [sys.executable, "-m", "tests.soak.malformed", "--count", "12", "--seed", "7"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "all | 12 |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "new", "verdict"),
+    [
+        (0, "done\n", {"run"}, "ran"),
+        (2, "moa: no such file\n", set(), "refused"),
+        (2, "step 1/3  2/s\nmoa: a.png cannot be decoded\n", {"run"}, "stopped"),
+        (2, "moa: no such file\n", {"run"}, "partial output"),
+        (2, "moa: one\nmoa: two\n", set(), "more than a sentence"),
+        (2, "", set(), "more than a sentence"),
+        (70, "Traceback (most recent call last)\n", set(), "traceback"),
+        (-11, "", set(), "crash"),
+        (None, "", set(), "hang"),
+        (0, "", {"canary"}, "executed"),
+    ],
+)
+def testverdict_ofs(code: int | None, printed: str, new: set[str], verdict: str) -> None:
+    assert verdict_of(code, printed, {Path(name) for name in new}) == verdict
