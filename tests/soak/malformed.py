@@ -42,7 +42,7 @@ BAD = ("traceback", "hang", "crash", "partial output", "executed", "more than a 
 
 
 class Outcome(NamedTuple):
-    """How a case ended ("ran", "refused", "stopped" after a step, whose run is kept, or one of BAD), what it printed."""
+    """How a case ended ("ran", "refused", "stopped" after a step, whose run is kept, or one of BAD), and its output."""
 
     verdict: str
     printed: str
