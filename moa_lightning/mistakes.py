@@ -21,7 +21,7 @@ from .errors import UserError
 from .options import Option
 
 LONGEST_VALUE, LONGEST_REASON = 60, 200
-RESTORING = ("restore", "_restore", "resume")
+RESTORING, LOADING = ("restore", "_restore", "resume"), ("load_state_dict", "_load_combined_loader_states")
 DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
 ADVERTISEMENT = re.compile(r"\s*(HINT:|Find a complete list|For more information|See:? http).*", re.DOTALL)
 WORKER = re.compile(r"Caught UserError in DataLoader worker process.*\n\S*UserError: (.*)\Z", re.DOTALL)
@@ -200,6 +200,7 @@ def _while_loading(error: Exception) -> bool:
     """Whether an exception comes from below Lightning's restoring of a checkpoint, which trusts what it finds there."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         code = frame.f_code
-        if code.co_filename.endswith("checkpoint_connector.py") and code.co_name.startswith(RESTORING):
+        restoring = code.co_filename.endswith("checkpoint_connector.py") and code.co_name.startswith(RESTORING)
+        if restoring or code.co_name in LOADING:
             return True
     return False

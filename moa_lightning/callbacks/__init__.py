@@ -8,6 +8,7 @@ from .gradients import GradientNorm
 from .learning_rate import LearningRate
 from .mixing import MixingTelemetry
 from .pictures import Pictures
+from .restored import RestoredOptimizer
 from .throughput import Throughput
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LearningRate",
     "MixingTelemetry",
     "Pictures",
+    "RestoredOptimizer",
     "Throughput",
     "default_callbacks",
 ]
@@ -24,4 +26,13 @@ __all__ = [
 
 def default_callbacks() -> list[L.Callback]:
     """The callbacks of every run, in the order that they need: Convergence gathers what those before it log."""
-    return [LearningRate(), GradientNorm(), Throughput(), MixingTelemetry(), Pictures(), DataFaults(), Convergence()]
+    return [
+        RestoredOptimizer(),
+        LearningRate(),
+        GradientNorm(),
+        Throughput(),
+        MixingTelemetry(),
+        Pictures(),
+        DataFaults(),
+        Convergence(),
+    ]

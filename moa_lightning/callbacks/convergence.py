@@ -62,7 +62,7 @@ class Convergence(L.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.samples, self.tokens = state["samples"], state["tokens"]
-        self.clock = TrainingClock(state["seconds"])
+        self.clock = TrainingClock(float(state["seconds"]))
         self._last_validation = state["last_validation"]
         self._last_validation_step = state["last_validation_step"]
 

@@ -1,4 +1,4 @@
-"""A dozen of the 300 malformed inputs of `python -m tests.soak.malformed`, and that it notices what it must."""
+"""A dozen of the malformed inputs that `python -m tests.soak.malformed` has 300 of, and that it notices faults."""
 
 import subprocess
 import sys

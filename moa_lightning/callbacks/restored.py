@@ -1,0 +1,45 @@
+"""What a checkpoint gave the optimiser, checked before the first step.
+
+Lightning and torch take any state that a file holds. Fused kernels then run over it with the sizes of the parameters:
+a tensor that is too short is read and written past its end, which ended a process with a segmentation fault.
+"""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch.optim import Adam, Optimizer
+
+from ..errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+ADAM = {"step", "exp_avg", "exp_avg_sq"}  # AdamW is one
+
+
+class RestoredOptimizer(L.Callback):
+    """Raises UserError where a resumed run's optimiser state does not fit the parameters."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            check_state(optimizer)
+
+
+def check_state(optimizer: Optimizer) -> None:
+    """Raise UserError unless every moment has the shape of its parameter and every step count is one number."""
+    for parameter, state in optimizer.state.items():
+        fits = isinstance(state, dict) and all(_fits(name, value, parameter) for name, value in state.items())
+        if fits and state and isinstance(optimizer, Adam):
+            fits = state.keys() >= ADAM
+        if not fits:
+            raise UserError(
+                "the checkpoint's optimiser state does not fit the parameters; it is damaged or of another net, so "
+                "give another one"
+            )
+
+
+def _fits(name: str, value: Any, parameter: torch.Tensor) -> bool:
+    if name in MOMENTS:
+        return isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.is_floating_point()
+    if name == "step":
+        return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    return True

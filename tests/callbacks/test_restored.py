@@ -1,0 +1,42 @@
+"""A resumed run's optimiser state fits its parameters, or the run does not start."""
+
+import pytest
+import torch
+
+from moa_lightning.callbacks.restored import check_state
+from moa_lightning.errors import UserError
+
+
+def stepped() -> torch.optim.AdamW:
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones(4, 3)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("exp_avg", torch.zeros(0)),
+        ("exp_avg", torch.zeros(3)),
+        ("exp_avg_sq", torch.zeros(3, 4)),
+        ("exp_avg_sq", "x"),
+        ("exp_avg", torch.zeros(4, 3, dtype=torch.int64)),
+        ("step", torch.zeros(3)),
+        ("step", None),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(name: str, value: object) -> None:
+    optimizer = stepped()
+    check_state(optimizer)
+    next(iter(optimizer.state.values()))[name] = value
+    with pytest.raises(UserError, match="optimiser state does not fit the parameters"):
+        check_state(optimizer)
+
+
+def test_a_moment_that_is_missing_is_refused() -> None:
+    optimizer = stepped()
+    del next(iter(optimizer.state.values()))["exp_avg"]
+    with pytest.raises(UserError, match="does not fit"):
+        check_state(optimizer)
