@@ -27,7 +27,9 @@ class RestoredOptimizer(L.Callback):
 def check_state(optimizer: Optimizer) -> None:
     """Raise UserError unless every moment has the shape of its parameter and every step count is one number."""
     for parameter, state in optimizer.state.items():
-        fits = isinstance(state, dict) and all(_fits(name, value, parameter) for name, value in state.items())
+        # torch keeps entries of the file that belong to no parameter under the number that they had
+        known = isinstance(parameter, torch.Tensor) and isinstance(state, dict)
+        fits = known and all(_fits(name, value, parameter) for name, value in state.items())
         if fits and state and isinstance(optimizer, Adam):
             fits = state.keys() >= ADAM
         if not fits:

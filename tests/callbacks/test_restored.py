@@ -40,3 +40,10 @@ def test_a_moment_that_is_missing_is_refused() -> None:
     del next(iter(optimizer.state.values()))["exp_avg"]
     with pytest.raises(UserError, match="does not fit"):
         check_state(optimizer)
+
+
+def test_a_state_of_no_parameter_is_refused() -> None:
+    optimizer = stepped()
+    optimizer.state[7] = {"step": 1.0}
+    with pytest.raises(UserError, match="does not fit"):
+        check_state(optimizer)

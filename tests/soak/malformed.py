@@ -177,8 +177,12 @@ def bad_text(folder: Path, draw: random.Random) -> list[str]:
 
 def bad_checkpoint(folder: Path, draw: random.Random) -> list[str]:
     path = folder / "valid/checkpoints/last.ckpt"
-    if draw.random() < 0.4:
+    how = draw.random()
+    if how < 0.4:
         path.write_bytes(damage(path.read_bytes(), draw))
+    elif how < 0.55:
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {draw.choice((*content, "extra")): Payload()}, path)
     else:
         content = torch.load(path, weights_only=True)
         values = (None, -1, 0, 10**30, "x", [], {}, float("nan"), torch.zeros(0), torch.zeros(3), Payload())

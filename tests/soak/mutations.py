@@ -111,3 +111,6 @@ class Payload:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch canary",)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Payload":
+        return self  # the default would reduce it, and so run it

@@ -1,5 +1,7 @@
 """A dozen of the malformed inputs that `python -m tests.soak.malformed` has 300 of, and that it notices faults."""
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.soak.malformed import verdict_of
+from tests.soak.mutations import Payload
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,6 +19,14 @@ def test_a_dozen_malformed_inputs() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "all | 12 |" in result.stdout
+
+
+def test_the_payload_runs_where_it_is_unpickled_and_only_there(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = pickle.dumps(copy.deepcopy(Payload()))
+    assert not Path("canary").exists()
+    pickle.loads(content)
+    assert Path("canary").exists()
 
 
 @pytest.mark.parametrize(
