@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from .activations import is_pointwise, module_activation, pointwise
-from .kernels import mix, mix_pairs
 
 Gate = Literal["sigmoid", "softmax", "tanh"]
 GATE_START_STD = 0.02  # of u in the paper's start [O]
@@ -135,10 +134,10 @@ class MixCoefficients(nn.Module):
 
     def coefficients(self, x: Tensor) -> Tensor:
         """c(x) in float32 at least: x (..., d) -> (..., K), or (..., K, K) for pairs."""
-        return self._coefficients(x).expand(*x.shape[:-1], *self.base.shape)
+        return self(x).expand(*x.shape[:-1], *self.base.shape)
 
-    def _coefficients(self, x: Tensor) -> Tensor:
-        """c(x) without the token axes where it does not depend on the token."""
+    def forward(self, x: Tensor) -> Tensor:
+        """As `coefficients`, but without the token axes where c does not depend on the token."""
         base = self.base.to(torch.promote_types(x.dtype, torch.float32))
         gates = self.gates(x)
         return base if gates is None else base + (gates - self.gate_zero)
@@ -148,18 +147,10 @@ class MixCoefficients(nn.Module):
 
 
 class Mixing(MixCoefficients):
-    """The mix sum_k c_k(x) sigma_k(u) of one branch."""
-
-    def forward(self, u: Tensor, x: Tensor) -> Tensor:
-        """The mix at the pre-activation u (..., h) for the input x (..., d) -> (..., h) in u's dtype."""
-        return mix(u, self._coefficients(x), self.entries)
+    """The coefficients (..., K) of the mix sum_k c_k(x) sigma_k(u) of one branch."""
 
 
 class PairMixing(MixCoefficients):
-    """The quadratic mix sum_kl c_kl(x) sigma_k(a) sigma_l(b) of the gated form; base (K, K), gate_weight (K², d)."""
+    """The coefficients (..., K, K) of sum_kl c_kl(x) sigma_k(a) sigma_l(b); base (K, K), gate_weight (K², d)."""
 
     entry_axes = 2
-
-    def forward(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-        """The mix of the gate branch a and the up branch b, both (..., h), for the input x (..., d) -> (..., h)."""
-        return mix_pairs(a, b, self._coefficients(x), self.entries)

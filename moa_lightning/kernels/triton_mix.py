@@ -1,0 +1,2 @@
+def supports(names, dtype, compute, device):
+    return False
