@@ -42,8 +42,8 @@ def _choose(
         if not compiled.compiler_works():
             raise UserError("ffn.kernel is 'compiled', but torch.compile does not work here; set it to 'auto'")
         return compiled
-    for name, module in (("cpp", cpp), ("triton", triton_mix)):
-        if kernel not in (name, "auto"):
+    for name, module, home in (("cpp", cpp, "cpu"), ("triton", triton_mix, "cuda")):
+        if kernel != name and not (kernel == "auto" and device == home):
             continue
         if module.supports(names, dtype, compute, device):
             return module

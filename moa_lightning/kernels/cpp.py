@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("mix.cpp")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-fschedule-insns", "-fsched-pressure", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 BUILD_SECONDS = 120
 
 
