@@ -288,6 +288,11 @@ class FeedForward(nn.Module):
         return self.drop(y) if self.drop is not None else y
 
     def _hidden(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+            x = x.to(
+                torch.get_autocast_dtype(device)
+            )  # once: projections and gates keep this one for the backward pass
         up = self.up_proj(x)
         gate = None if self.gate_proj is None else self.gate_proj(x)
         if self.config.mixing == "fixed":
@@ -296,11 +301,12 @@ class FeedForward(nn.Module):
         if self.pair_mix is not None:
             assert gate is not None
             return mix_pairs(gate, up, self.pair_mix(x), names, kernel)
-        up_coefficients = None if self.up_mix is None else self.up_mix(x)
+        coefficients = None if self.up_mix is None else self.up_mix(x)
         if gate is None:
-            return mix(up, up_coefficients, names, kernel=kernel)
+            assert coefficients is not None
+            return mix(up, coefficients, names, kernel=kernel)
         assert self.gate_mix is not None
-        return mix(gate, self.gate_mix(x), names, up, up_coefficients, kernel)
+        return mix(gate, self.gate_mix(x), names, up, coefficients, kernel)
 
     def _fixed(self, up: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
         if gate is None:

@@ -1,9 +1,9 @@
 """Which implementation computes a mix.
 
-`auto` on the CPU: the C++ kernel, without a compiler torch operations in cache-sized blocks. `auto` on a GPU: the Triton
-kernels, else what torch.compile makes, else torch operations. A user's own activation is unknown to the hand-written
-kernels, so torch operations or torch.compile serve it, which is said once in the log. What is asked for by name and
-cannot be had is an error.
+`auto` on the CPU: the C++ kernel, without a compiler torch operations in cache-sized blocks. `auto` on a GPU: the
+Triton kernels, else what torch.compile makes, else torch operations. A user's own activation is unknown to the
+hand-written kernels, so torch operations or torch.compile serve it, which is said once in the log. What is asked for by
+name and cannot be had is an error.
 """
 
 import functools
@@ -30,9 +30,7 @@ def implementation(kernel: str, names: tuple[str, ...], a: Tensor, c: Tensor) ->
 
 
 @functools.cache
-def _choose(
-    kernel: str, names: tuple[str, ...], dtype: torch.dtype, compute: torch.dtype, device: str
-) -> ModuleType:
+def _choose(kernel: str, names: tuple[str, ...], dtype: torch.dtype, compute: torch.dtype, device: str) -> ModuleType:
     """As `implementation`.
 
     Raises:
@@ -54,14 +52,14 @@ def _choose(
     own = sorted(set(names) - BUILT_IN)
     module = compiled if device != "cpu" and compiled.compiler_works() else recompute
     if own and kernel != "recompute":
-        log.warning("no hand-written kernel for the activation %s; %s computes the mix", ", ".join(own), module.__name__)
+        log.warning(
+            "no hand-written kernel for the activation %s; %s computes the mix", ", ".join(own), module.__name__
+        )
     return recompute if kernel == "recompute" else module
 
 
 @torch.compiler.assume_constant_result
-def traces(
-    kernel: str, names: tuple[str, ...], dtype: torch.dtype, compute: torch.dtype, device: str
-) -> bool:
+def traces(kernel: str, names: tuple[str, ...], dtype: torch.dtype, compute: torch.dtype, device: str) -> bool:
     """Whether a graph that is being compiled should hold the mix's operations (and not one call): where no
     hand-written kernel is to be used."""
     if kernel == "recompute":

@@ -1,4 +1,4 @@
-"""The mix as torch.compile makes it from the operations of kernels.recompute: fused C++ or Triton code for any activation.
+"""The mix as torch.compile makes it of the operations in kernels.recompute: fused code for any activation.
 
 Inside somebody's torch.compile the operations are traced into that graph; called eagerly, the two passes are compiled
 on their own, once a dictionary and form. Either way only a, b and the coefficients are kept for the backward pass.

@@ -1,9 +1,10 @@
 """The mix on the CPU as C++ (mix.cpp), built by the machine's own compiler on first use and called through ctypes.
 
 One library a dictionary and form, compiled in a second or two for the processor at hand and kept in the user's cache
-folder ($XDG_CACHE_HOME or ~/.cache) under a name made of the source, the flags, the compiler and the processor. Inductor's code
-for the same formula is about twice as slow here (docs/log.md): it calls a library function for each exponential and
-carries a mask for each coefficient. float32 and bfloat16, computed in float32; the package's own activations.
+folder ($XDG_CACHE_HOME or ~/.cache) under a name made of the source, the flags, the compiler and the processor.
+Inductor's code for the same formula is more than twice as slow here (docs/log.md): it calls a library function for each
+exponential and carries a mask for each coefficient. float32 and bfloat16, computed in float32; the package's own
+activations.
 """
 
 import ctypes
@@ -26,7 +27,17 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("mix.cpp")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-FLAGS = ("-std=c++17", "-O3", "-fschedule-insns", "-fsched-pressure", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fschedule-insns",
+    "-fsched-pressure",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
 BUILD_SECONDS = 120
 
 
@@ -53,8 +64,8 @@ def forward(a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tup
     y = like(a)
     if y.numel():
         inputs, sizes = _inputs(a, c, b, e, form)
-        sizes = _numbers(*sizes, 0)
-        getattr(_library(names, form), f"forward_{DTYPES[a.dtype]}")(*_pointers(*inputs, y), sizes)
+        call = getattr(_library(names, form), f"forward_{DTYPES[a.dtype]}")
+        call(*_pointers(*inputs, y), _numbers(*sizes, 0))
     return y
 
 
@@ -115,9 +126,7 @@ def _build(command: list[str], file: Path) -> None:
     """Compile under another name, then rename: other processes see a whole library or none."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         fresh = Path(folder) / file.name
-        subprocess.run(
-            [*command, "-o", str(fresh)], capture_output=True, text=True, check=True, timeout=BUILD_SECONDS
-        )
+        subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=True, timeout=BUILD_SECONDS)
         fresh.replace(file)
 
 

@@ -110,13 +110,14 @@ INLINE Activated activate(Vec u) {
     Vec s{}, s_slope{}, t{}, t_slope{}, density{}, distribution{};
     if constexpr (has(silu) || has(tanh_)) tails(u, a, s, s_slope, t, t_slope);
     if constexpr (has(gelu)) normal(u, a, density, distribution);
+    Vec finite = u < -3.4e38f ? all(-3.4e38f) : u;  // factors that have vanished by then make it 0
     Vec positive = below_zero(u, all(0.0f), u), side = u > 0.0f ? all(1.0f) : all(0.0f);
     EACH(k)
         constexpr Entry entry = entries[k];
         Vec &v = out.value[k], &d = out.slope[k];
         if constexpr (entry == identity) v = u, d = all(1.0f);
-        if constexpr (entry == gelu) v = u * distribution, d = distribution + near * density;
-        if constexpr (entry == silu) v = u * s, d = s + near * s_slope;
+        if constexpr (entry == gelu) v = finite * distribution, d = distribution + near * density;
+        if constexpr (entry == silu) v = finite * s, d = s + near * s_slope;
         if constexpr (entry == relu) v = positive, d = side;
         if constexpr (entry == leaky_relu) v = below_zero(u, 0.01f * u, u), d = u > 0.0f ? all(1.0f) : all(0.01f);
         if constexpr (entry == relu2) v = positive * positive, d = positive + positive;
@@ -125,13 +126,13 @@ INLINE Activated activate(Vec u) {
             Vec x = below_zero(u, -at_most(a, 10.0f), at_most(a, 10.0f)), xx = x * x, p, slope;
             logistic(x * (xx * 0.0713548163f + 1.59576912f), p, slope);  // x · sigmoid(2 sqrt(2/π) (x + 0.044715 x³))
             p = a > 10.0f ? side : p;
-            v = u * p, d = p + x * (a > 10.0f ? all(0.0f) : slope) * (xx * 0.214064449f + 1.59576912f);
+            v = finite * p, d = p + x * (a > 10.0f ? all(0.0f) : slope) * (xx * 0.214064449f + 1.59576912f);
         }
         if constexpr (entry == quick_gelu) {
             Vec x = below_zero(u, -at_most(a, 50.0f), at_most(a, 50.0f)), p, slope;
             logistic(1.702f * x, p, slope);
             p = a > 50.0f ? side : p;
-            v = u * p, d = p + 1.702f * x * slope;
+            v = finite * p, d = p + 1.702f * x * slope;
         }
     END;
     return out;

@@ -24,7 +24,8 @@ def mix_op(
 ) -> Tensor:
     """kernels.common's forward by the implementation that `kernel` names."""
     entries = tuple(names)
-    return choice.implementation(kernel, entries, a, c).forward(a, c, b, e, entries, form)
+    with torch.no_grad():  # also where no input needs a gradient: the same numbers either way
+        return choice.implementation(kernel, entries, a, c).forward(a, c, b, e, entries, form)
 
 
 @torch.library.custom_op(
@@ -37,7 +38,8 @@ def mix_backward_op(
 ) -> Four:
     """Gradients of a, c, b, e in their shapes by the implementation that `kernel` names; empty for those not given."""
     entries = tuple(names)
-    da, dc, db, de = choice.implementation(kernel, entries, a, c).backward(g, a, c, b, e, entries, form)
+    with torch.no_grad():
+        da, dc, db, de = choice.implementation(kernel, entries, a, c).backward(g, a, c, b, e, entries, form)
     de = c.new_empty(0) if e is None or de is None else sum_to(de, e)
     return da, sum_to(dc, c), a.new_empty(0) if db is None else db, de
 

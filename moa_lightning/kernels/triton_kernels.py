@@ -1,4 +1,4 @@
-"""The mix on a GPU, forward and backward, in one pass over memory each: device code in Triton (kernels.triton_mix calls it).
+"""The mix on a GPU, forward and backward, in one pass over memory each: the device code, called by triton_mix.py.
 
 A program takes one token and a block of its hidden units. It reads the pre-activations once, in float32 or bfloat16,
 computes in float32 and writes once; the sums for the coefficients' gradients are reduced inside the program and written

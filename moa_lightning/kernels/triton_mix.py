@@ -1,4 +1,4 @@
-"""The mix on a GPU through the Triton kernels of triton_kernels.py; with TRITON_INTERPRET=1 they run on the CPU, to test.
+"""The mix on a GPU by the kernels of triton_kernels.py; with TRITON_INTERPRET=1 they run on the CPU, to test them.
 
 float32 and bfloat16, computed in float32; the package's own activations.
 """
