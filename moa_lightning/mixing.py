@@ -181,7 +181,7 @@ class MixCoefficients(nn.Module):
 
     def coefficients(self, x: Tensor) -> Tensor:
         """c(x) in float32 at least: x (..., d) -> (..., K), or (..., K, K) for pairs."""
-        return self(x).expand(*x.shape[:-1], *self.base.shape)
+        return self.forward(x).expand(*x.shape[:-1], *self.base.shape)  # no call: hooks on the module look in here
 
     def forward(self, x: Tensor) -> Tensor:
         """As `coefficients`, but without the token axes where c does not depend on the token."""
