@@ -49,11 +49,12 @@ def _passes(names: tuple[str, ...], form: Form) -> tuple[Callable[..., Any], Cal
 
 
 def _own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A new function object, so that Dynamo does not share its cache with others."""
+    """A function with a code object of its own: Dynamo counts recompilations by code object."""
 
     def call(*arguments: Any) -> Any:
         return function(*arguments)
 
+    call.__code__ = call.__code__.replace()
     return call
 
 
