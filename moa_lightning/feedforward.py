@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .activations import DICTIONARY, MODULE_COST, activation_names, is_pointwise, pointwise
 from .errors import UserError
+from .kernels import KERNELS, Kernel, mix, mix_pairs
 from .mixing import FixedActivation, Gate, Mixing, PairMixing
 
 WEIGHT_STD = 0.02  # trunk weights of a layer that is built on its own; nets with their own rule overwrite it
@@ -30,6 +31,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("identity", "paper"),
     "base": ("trained", "held"),
     "match": ("width", "parameters", "flops"),
+    "kernel": KERNELS,
 }
 
 
@@ -64,6 +66,9 @@ class FFNConfig:
     """a matched hidden width is rounded to the nearest multiple of this; 64 and more suit accelerators"""
     bias: bool = True
     """biases in the projections; a layer that is swapped into a net follows the replaced one"""
+
+    kernel: Kernel = "auto"
+    """what computes a learned mix: the fastest implementation that works here, or one by name (see kernels)"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dictionary", tuple(self.dictionary))
@@ -283,15 +288,32 @@ class FeedForward(nn.Module):
         return self.drop(y) if self.drop is not None else y
 
     def _hidden(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+            x = x.to(
+                torch.get_autocast_dtype(device)
+            )  # once: projections and gates keep this one for the backward pass
         up = self.up_proj(x)
-        if self.gate_proj is None:
+        gate = None if self.gate_proj is None else self.gate_proj(x)
+        if self.config.mixing == "fixed":
+            return self._fixed(up, gate, x)
+        names, kernel = self.config.dictionary, self.config.kernel
+        if self.pair_mix is not None:
+            assert gate is not None
+            return mix_pairs(gate, up, self.pair_mix(x), names, kernel)
+        coefficients = None if self.up_mix is None else self.up_mix(x)
+        if gate is None:
+            assert coefficients is not None
+            return mix(up, coefficients, names, kernel=kernel)
+        assert self.gate_mix is not None
+        return mix(gate, self.gate_mix(x), names, up, coefficients, kernel)
+
+    def _fixed(self, up: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
+        if gate is None:
             assert self.up_mix is not None
             return self.up_mix(up, x)
-        gate = self.gate_proj(x)
-        if self.pair_mix is not None:
-            return self.pair_mix(gate, up, x)
         assert self.gate_mix is not None
-        return self.gate_mix(gate, x) * (up if self.up_mix is None else self.up_mix(up, x))
+        return self.gate_mix(gate, x) * up
 
     def parameter_count(self) -> int:
         """Trainable parameters in closed form, a norm inside not counted."""

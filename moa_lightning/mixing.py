@@ -13,13 +13,12 @@ computed before. `paper`: MoA starts at c = g(Ux) with small random U and α = g
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .activations import is_pointwise, module_activation, pointwise
-from .kernels import mix, mix_pairs
 
 Gate = Literal["sigmoid", "softmax", "tanh"]
 GATE_START_STD = 0.02  # of u in the paper's start [O]
@@ -37,6 +36,47 @@ def gate_function(logits: Tensor, gate: Gate, entry_axes: int) -> Tensor:
 def gate_at_zero(gate: Gate, entries: int) -> float:
     """g(0), the value that the additive form subtracts."""
     return {"sigmoid": 0.5, "softmax": 1 / entries, "tanh": 0.0}[gate]
+
+
+class _WideLinear(torch.autograd.Function):
+    """weight x in the weight's wider dtype, keeping x as it came: the projections keep that x anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.to(weight.dtype) @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dweight = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(weight.dtype)
+            return (dy @ weight).to(x.dtype), dweight
+
+
+class _GatedCoefficients(torch.autograd.Function):
+    """base + g(logits) - g(0), keeping for the backward pass only its result, which the mix keeps anyway, and base.
+
+    The gate's values are read back from the coefficients, which costs at most their last bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, logits: Tensor, gate: Gate, at_zero: float) -> Tensor:
+        c = base + (gate_function(logits, gate, base.dim()) - at_zero)
+        ctx.save_for_backward(base, c)
+        ctx.gate, ctx.at_zero = gate, at_zero
+        return c
+
+    @staticmethod
+    def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
+        base, c = ctx.saved_tensors
+        g = (c - base) + ctx.at_zero
+        axes = tuple(range(-base.dim(), 0))
+        if ctx.gate == "softmax":
+            dlogits = g * (dc - (g * dc).sum(axes, keepdim=True))
+        else:
+            dlogits = dc * (g * (1 - g) if ctx.gate == "sigmoid" else 1 - g * g)
+        return dc.sum_to_size(base.shape), dlogits, None, None
 
 
 class FixedActivation(nn.Module):
@@ -125,41 +165,40 @@ class MixCoefficients(nn.Module):
 
     def gates(self, x: Tensor) -> Tensor | None:
         """g(u_kᵀ x + b_k) in float32 at least, (..., K) or (..., K, K) for pairs; None without a gate."""
-        if self.gate is None or self.gate_weight is None:
+        if self.gate is None:
             return None
+        return gate_function(self._logits(x), self.gate, self.entry_axes)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """u_kᵀ x + b_k in float32 at least, whatever the autocast."""
+        assert self.gate_weight is not None
         dtype = torch.promote_types(x.dtype, torch.float32)
+        weight = self.gate_weight.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.gate_bias is None else self.gate_bias.to(dtype)
-            logits = nn.functional.linear(x.to(dtype), self.gate_weight.to(dtype), bias)
-        return gate_function(logits.unflatten(-1, self.base.shape), self.gate, self.entry_axes)
+            logits = nn.functional.linear(x, weight) if x.dtype == dtype else _WideLinear.apply(x, weight)
+            logits = logits if self.gate_bias is None else logits + self.gate_bias
+        return logits.unflatten(-1, self.base.shape)
 
     def coefficients(self, x: Tensor) -> Tensor:
         """c(x) in float32 at least: x (..., d) -> (..., K), or (..., K, K) for pairs."""
-        return self._coefficients(x).expand(*x.shape[:-1], *self.base.shape)
+        return self.forward(x).expand(*x.shape[:-1], *self.base.shape)  # no call: hooks on the module look in here
 
-    def _coefficients(self, x: Tensor) -> Tensor:
-        """c(x) without the token axes where it does not depend on the token."""
+    def forward(self, x: Tensor) -> Tensor:
+        """As `coefficients`, but without the token axes where c does not depend on the token."""
         base = self.base.to(torch.promote_types(x.dtype, torch.float32))
-        gates = self.gates(x)
-        return base if gates is None else base + (gates - self.gate_zero)
+        if self.gate is None:
+            return base
+        return _GatedCoefficients.apply(base, self._logits(x), self.gate, self.gate_zero)
 
     def extra_repr(self) -> str:
         return f"{' + '.join(self.entries)}, gate={self.gate}, init={self.init}"
 
 
 class Mixing(MixCoefficients):
-    """The mix sum_k c_k(x) sigma_k(u) of one branch."""
-
-    def forward(self, u: Tensor, x: Tensor) -> Tensor:
-        """The mix at the pre-activation u (..., h) for the input x (..., d) -> (..., h) in u's dtype."""
-        return mix(u, self._coefficients(x), self.entries)
+    """The coefficients (..., K) of the mix sum_k c_k(x) sigma_k(u) of one branch."""
 
 
 class PairMixing(MixCoefficients):
-    """The quadratic mix sum_kl c_kl(x) sigma_k(a) sigma_l(b) of the gated form; base (K, K), gate_weight (K², d)."""
+    """The coefficients (..., K, K) of sum_kl c_kl(x) sigma_k(a) sigma_l(b); base (K, K), gate_weight (K², d)."""
 
     entry_axes = 2
-
-    def forward(self, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-        """The mix of the gate branch a and the up branch b, both (..., h), for the input x (..., d) -> (..., h)."""
-        return mix_pairs(a, b, self._coefficients(x), self.entries)

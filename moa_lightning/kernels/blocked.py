@@ -24,7 +24,7 @@ def applies(*tensors: Tensor) -> bool:
 
 
 def mix_forward(u: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor | None:
-    """sum_k c_k sigma_k(u) as kernels.mix, c in the dtype to compute in; None where it is not finite."""
+    """sum_k c_k sigma_k(u) in the dtype of c; None where it is not finite."""
     out = torch.empty(u.shape, dtype=c.dtype)
     finite = True
     for rows, coefficients, total in _blocks(c, u, out):
@@ -32,7 +32,7 @@ def mix_forward(u: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor | None:
         for k, name in enumerate(names):
             total.addcmul_(pointwise(name).function(rows), coefficients[:, k : k + 1])
         finite = finite and bool(total.sum().isfinite())
-    return out.to(u.dtype) if finite else None
+    return out if finite else None
 
 
 def mix_backward(grad: Tensor, u: Tensor, c: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
@@ -49,7 +49,7 @@ def mix_backward(grad: Tensor, u: Tensor, c: Tensor, names: tuple[str, ...]) -> 
         slope.mul_(g)
         if not (slope.sum() + sums.sum()).isfinite():
             return None
-    return grad_u.to(u.dtype), grad_c
+    return grad_u, grad_c
 
 
 def _blocks(c: Tensor, u: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

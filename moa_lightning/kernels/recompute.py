@@ -1,108 +1,114 @@
-"""The mix with recomputation: the backward pass keeps the pre-activation and the coefficients and nothing else.
+"""The mix in torch operations with its backward pass written out: any device, dtype and activation, no compiler needed.
 
-With y = sum_k c_k sigma_k(u):  dL/du = g · sum_k c_k sigma_k'(u),  dL/dc_k = sum over h of g · sigma_k(u). The gradient
-of a coefficient does not vanish where the coefficient is 0: that is how a mix learns away from its identity start.
-The pair form sums over K × K products as two small matrix products per token. Both backward passes are made of
-differentiable operations, so second derivatives are right too (they do store K activated tensors).
+With y = sum_k c_k sigma_k(a):  dL/da = g · sum_k c_k sigma_k'(a),  dL/dc_k = sum over h of g · sigma_k(a). The gradient
+of a coefficient does not vanish where the coefficient is 0: that is how a mix learns away from its identity start. The
+product forms apply this to each branch with the other as part of g; the pair form sums over K × K products as two
+small matrix products per token. Both passes are made of differentiable operations, so second derivatives come out of
+them, and torch.compile can trace them (kernels.compiled).
 """
 
 import torch
 from torch import Tensor
 
 from ..activations import pointwise
-from . import blocked
-from .reference import compute_dtype
+from . import blocked, formula
+from .common import Form, Gradients
 
 
-def _sum_to(grad: Tensor, shape: torch.Size) -> Tensor:
-    """Sum the leading axes that broadcasting added: coefficients shared by all tokens."""
-    return grad if grad.shape == shape else grad.sum(dim=tuple(range(grad.dim() - len(shape))))
+def forward(a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tuple[str, ...], form: Form) -> Tensor:
+    """See kernels.common."""
+    if b is None:
+        return _mix(a, c, names).to(a.dtype)
+    if form == "pairs":
+        return _pairs(a, b, c, names).to(a.dtype)
+    other = b.to(c.dtype) if e is None else _mix(b, e, names)
+    return (_mix(a, c, names) * other).to(a.dtype)
+
+
+def backward(
+    g: Tensor, a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tuple[str, ...], form: Form
+) -> Gradients:
+    """See kernels.common."""
+    if form == "pairs":
+        assert b is not None
+        return _pairs_backward(g, a, b, c, names)
+    g = g.to(c.dtype)
+    if b is None:
+        da, dc = _mix_backward(g, a, c, names)
+        return da.to(a.dtype), dc, None, None
+    db, de = g * _mix(a, c, names), None
+    other = b.to(c.dtype) if e is None else _mix(b, e, names)
+    if e is not None:
+        db, de = _mix_backward(db, b, e, names)
+    da, dc = _mix_backward(g * other, a, c, names)
+    return da.to(a.dtype), dc, db.to(b.dtype), de
+
+
+def _mix(u: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
+    """sum_k c_k sigma_k(u) in c's dtype."""
+    if blocked.applies(u, c) and (quick := blocked.mix_forward(u, c, names)) is not None:
+        return quick
+    v = u.to(c.dtype)
+    total = torch.zeros_like(v)
+    for k, name in enumerate(names):
+        total = total + _weighted(_value(name, v), c[..., k, None])
+    return total
+
+
+def _mix_backward(g: Tensor, u: Tensor, c: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Gradients for u and, one row a token, for c; g and both results in c's dtype."""
+    if blocked.applies(g, u, c) and (quick := blocked.mix_backward(g, u, c, names)) is not None:
+        return quick
+    v = u.to(c.dtype)
+    slope = torch.zeros_like(v)
+    dc = []
+    for k, name in enumerate(names):
+        value, derivative = _value_and_slope(name, v)
+        slope = slope + _weighted(derivative, c[..., k, None])
+        dc.append((g * value).sum(-1))
+    return g * slope, torch.stack(dc, -1)
+
+
+def _value(name: str, v: Tensor) -> Tensor:
+    return formula.traced(name, v)[0] if formula.applies(name, v) else pointwise(name).function(v)
+
+
+def _value_and_slope(name: str, v: Tensor) -> tuple[Tensor, Tensor]:
+    return formula.traced(name, v) if formula.applies(name, v) else pointwise(name).value_and_derivative(v)
 
 
 def _weighted(value: Tensor, ck: Tensor) -> Tensor:
     return torch.where(ck == 0, ck, ck * value)
 
 
-class _Mix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
-        ctx.save_for_backward(u, c)
-        ctx.names = names
-        if blocked.applies(u, c) and (quick := blocked.mix_forward(u, c, names)) is not None:
-            return quick
-        v = u.to(c.dtype)
-        total = torch.zeros_like(v)
-        for k, name in enumerate(names):
-            total += _weighted(pointwise(name).function(v), c[..., k, None])
-        return total.to(u.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        u, c = ctx.saved_tensors
-        if blocked.applies(grad, u, c) and (quick := blocked.mix_backward(grad, u, c, ctx.names)) is not None:
-            return quick[0], _sum_to(quick[1], c.shape), None
-        v, g = u.to(c.dtype), grad.to(c.dtype)
-        slope = torch.zeros_like(v)
-        grad_c = []
-        for k, name in enumerate(ctx.names):
-            value, derivative = pointwise(name).value_and_derivative(v)
-            slope += _weighted(derivative, c[..., k, None])
-            grad_c.append((g * value).sum(-1))
-        return (g * slope).to(u.dtype), _sum_to(torch.stack(grad_c, -1), c.shape), None
+def _pairs(a: Tensor, b: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
+    first, second = (torch.stack([_value(name, u.to(c.dtype)) for name in names], -2) for u in (a, b))  # (..., K, h)
+    with torch.autocast(a.device.type, enabled=False):  # the matrix products stay in float32, here and below
+        inner = torch.matmul(c, _used(second, c, -2))  # (..., K, h): sum_l c_kl sigma_l(b)
+    return (_used(first, c, -1) * inner).sum(-2)
 
 
-class _MixPairs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
-        ctx.save_for_backward(a, b, c)
-        ctx.names = names
-        first, _ = _activated(a, c, names)
-        second, _ = _activated(b, c, names)
-        with torch.autocast(a.device.type, enabled=False):  # the matrix products stay in float32, here and below
-            return _pair_sum(first, second, c).to(a.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        a, b, c = ctx.saved_tensors
-        first, first_slope = _activated(a, c, ctx.names, slopes=True)
-        second, second_slope = _activated(b, c, ctx.names, slopes=True)
-        g = grad.to(c.dtype)[..., None, :]
-        with torch.autocast(a.device.type, enabled=False):  # backward may be called inside an autocast region
-            grad_first = g * torch.matmul(c, _used(second, c, -2))  # (..., K, h)
-            grad_second = g * torch.matmul(c.mT, _used(first, c, -1))
-            grad_c = torch.matmul(g * first, second.mT)  # (..., K, K)
-        used_first = (c != 0).any(-1)[..., None]
-        used_second = (c != 0).any(-2)[..., None]
-        grad_a = torch.where(used_first, grad_first * first_slope, 0.0).sum(-2)
-        grad_b = torch.where(used_second, grad_second * second_slope, 0.0).sum(-2)
-        return grad_a.to(a.dtype), grad_b.to(b.dtype), _sum_to(grad_c, c.shape), None
+def _pairs_backward(g: Tensor, a: Tensor, b: Tensor, c: Tensor, names: tuple[str, ...]) -> Gradients:
+    first, first_slope = _activated(a, c, names)
+    second, second_slope = _activated(b, c, names)
+    g = g.to(c.dtype)[..., None, :]
+    with torch.autocast(a.device.type, enabled=False):  # backward may be called inside an autocast region
+        grad_first = g * torch.matmul(c, _used(second, c, -2))  # (..., K, h)
+        grad_second = g * torch.matmul(c.mT, _used(first, c, -1))
+        dc = torch.matmul(g * first, second.mT)  # (..., K, K)
+    used_first = (c != 0).any(-1)[..., None]
+    used_second = (c != 0).any(-2)[..., None]
+    da = torch.where(used_first, grad_first * first_slope, 0.0).sum(-2)
+    db = torch.where(used_second, grad_second * second_slope, 0.0).sum(-2)
+    return da.to(a.dtype), dc, db.to(b.dtype), None
 
 
-def _activated(u: Tensor, c: Tensor, names: tuple[str, ...], slopes: bool = False) -> tuple[Tensor, Tensor]:
-    """sigma_k(u), and its slope where asked, stacked to (..., K, h)."""
-    v = u.to(c.dtype)
-    if not slopes:
-        values = torch.stack([pointwise(name).function(v) for name in names], -2)
-        return values, values
-    both = [pointwise(name).value_and_derivative(v) for name in names]
+def _activated(u: Tensor, c: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """sigma_k(u) and its slope, each stacked to (..., K, h)."""
+    both = [_value_and_slope(name, u.to(c.dtype)) for name in names]
     return torch.stack([value for value, _ in both], -2), torch.stack([slope for _, slope in both], -2)
 
 
 def _used(values: Tensor, c: Tensor, over: int) -> Tensor:
     """Zero the rows whose coefficients are all 0, so that an overflow there does not become 0 · inf."""
     return torch.where((c != 0).any(over)[..., None], values, 0.0)
-
-
-def _pair_sum(first: Tensor, second: Tensor, c: Tensor) -> Tensor:
-    inner = torch.matmul(c, _used(second, c, -2))  # (..., K, h): sum_l c_kl sigma_l(b)
-    return (_used(first, c, -1) * inner).sum(-2)
-
-
-def mix(u: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
-    """sum_k c_k sigma_k(u): u (..., h), c (..., K) or (K,) -> (..., h) in u's dtype."""
-    return _Mix.apply(u, c.to(compute_dtype(u, c)), names)
-
-
-def mix_pairs(a: Tensor, b: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
-    """sum_kl c_kl sigma_k(a) sigma_l(b): a, b (..., h), c (..., K, K) or (K, K) -> (..., h) in a's dtype."""
-    return _MixPairs.apply(a, b, c.to(compute_dtype(a, b, c)), names)

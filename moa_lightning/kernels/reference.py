@@ -1,41 +1,40 @@
 """The mix as the formula reads, differentiated by autograd: the yardstick of the other implementations.
 
-It stores K activated tensors of u's size for the backward pass, so training does not use it.
+It stores K activated tensors of a's size for the backward pass, so training does not use it.
 """
 
 import torch
 from torch import Tensor
 
 from ..activations import pointwise
+from .common import Form
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or wider where an input is."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+def forward(a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tuple[str, ...], form: Form) -> Tensor:
+    """See kernels.common."""
+    v = a.to(c.dtype)
+    if b is None:
+        return _mix(v, c, names).to(a.dtype)
+    w = b.to(c.dtype)
+    if form == "pairs":
+        return _pairs(v, w, c, names).to(a.dtype)
+    other = w if e is None else _mix(w, e, names)
+    return (_mix(v, c, names) * other).to(a.dtype)
 
 
-def mix(u: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
-    """sum_k c_k sigma_k(u): u (..., h), c (..., K) or (K,) -> (..., h) in u's dtype."""
-    dtype = compute_dtype(u, c)
-    v, c = u.to(dtype), c.to(dtype)
+def _mix(v: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
     total = torch.zeros_like(v)
     for k, name in enumerate(names):
         ck = c[..., k, None]
         total = total + torch.where(ck == 0, ck, ck * pointwise(name).function(v))
-    return total.to(u.dtype)
+    return total
 
 
-def mix_pairs(a: Tensor, b: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
-    """sum_kl c_kl sigma_k(a) sigma_l(b): a, b (..., h), c (..., K, K) or (K, K) -> (..., h) in a's dtype."""
-    dtype = compute_dtype(a, b, c)
-    v, w, c = a.to(dtype), b.to(dtype), c.to(dtype)
+def _pairs(v: Tensor, w: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
     total = torch.zeros_like(v)
     for k, first in enumerate(names):
         for l, second in enumerate(names):  # noqa: E741
             ckl = c[..., k, l, None]
             product = pointwise(first).function(v) * pointwise(second).function(w)
             total = total + torch.where(ckl == 0, ckl, ckl * product)
-    return total.to(a.dtype)
+    return total

@@ -73,7 +73,7 @@ def test_an_ffn_fragment_is_an_ffn_config_and_says_in_full_what_it_is(path: str)
     given = load_config(path).content["model"]["init_args"]["ffn"]
     assert FFNConfig(**given).as_dict().items() >= given.items()
     # merged over another one key by key, it must win everywhere
-    shape = {"hidden_ratio", "multiple_of", "bias"}  # these are the task's business
+    shape = {"hidden_ratio", "multiple_of", "bias", "kernel"}  # these are the task's and the machine's business
     assert set(given) == set(FFNConfig.__dataclass_fields__) - shape
 
 

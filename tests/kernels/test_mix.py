@@ -1,11 +1,14 @@
-"""The mix kernels: recomputation against the NumPy reference, what it stores, what it does at the edges of floats."""
+"""The mix against the NumPy reference: values, gradients, what it stores, what it does at the edges of floats.
+
+`auto` is the C++ kernel in float32 and bfloat16, torch operations in float64. test_parity.py has the other kernels.
+"""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from moa_lightning.kernels import mix, mix_pairs, reference
+from moa_lightning.kernels import Kernel, mix, mix_pairs
 from tests import reference as numpy_reference
 from tests.layers import bytes_of, saved_tensors
 from tests.reference import SEVEN
@@ -15,9 +18,7 @@ DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str
 SHAPES = pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 5, 33), (1, 2, 3, 7)], ids=str)
 SHARED = pytest.mark.parametrize("shared", [False, True], ids=["per_token", "shared"])
 PAIRS = ("identity", "gelu", "relu2")
-BOTH_KERNELS = pytest.mark.parametrize(
-    ("mix_", "mix_pairs_"), [(mix, mix_pairs), (reference.mix, reference.mix_pairs)], ids=["recompute", "reference"]
-)
+KERNELS = pytest.mark.parametrize("kernel", ["auto", "recompute", "reference"])
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -42,15 +43,15 @@ def assert_close(ours: Tensor, theirs: np.ndarray, tolerance: float) -> None:
     assert difference <= tolerance * np.linalg.norm(theirs)
 
 
-@BOTH_KERNELS
+@KERNELS
 @DTYPES
 @SHARED
 @SHAPES
-def test_mix_agrees_with_the_reference(shape, shared: bool, dtype: torch.dtype, mix_, mix_pairs_) -> None:
+def test_mix_agrees_with_the_reference(shape, shared: bool, dtype: torch.dtype, kernel: Kernel) -> None:
     u = leaf(*shape, seed=1, dtype=dtype)
     c = leaf(*(() if shared else shape[:-1]), 7, seed=2, dtype=coefficient_dtype(dtype))
     dy = randn(*shape, seed=3, dtype=dtype)
-    y = mix_(u, c, SEVEN)
+    y = mix(u, c, SEVEN, kernel=kernel)
     y.backward(dy)
     tokens = flat(u).shape[0]
     c64 = np.broadcast_to(flat(c), (tokens, 7))
@@ -61,15 +62,15 @@ def test_mix_agrees_with_the_reference(shape, shared: bool, dtype: torch.dtype, 
     assert_close(c.grad, dc.sum(0) if shared else dc, TOLERANCE[c.dtype])
 
 
-@BOTH_KERNELS
+@KERNELS
 @DTYPES
 @SHARED
 @SHAPES
-def test_mix_pairs_agrees_with_the_reference(shape, shared: bool, dtype: torch.dtype, mix_, mix_pairs_) -> None:
+def test_mix_pairs_agrees_with_the_reference(shape, shared: bool, dtype: torch.dtype, kernel: Kernel) -> None:
     a, b = leaf(*shape, seed=1, dtype=dtype), leaf(*shape, seed=4, dtype=dtype)
     c = leaf(*(() if shared else shape[:-1]), 3, 3, seed=2, dtype=coefficient_dtype(dtype))
     dy = randn(*shape, seed=3, dtype=dtype)
-    y = mix_pairs_(a, b, c, PAIRS)
+    y = mix_pairs(a, b, c, PAIRS, kernel)
     y.backward(dy)
     c64 = np.broadcast_to(flat(c, 2), (flat(a).shape[0], 3, 3))
     da, db, dc = numpy_reference.mix_pairs_gradient(flat(a), flat(b), c64, PAIRS, flat(dy))
@@ -125,12 +126,12 @@ def test_a_single_vector_without_token_axes() -> None:
 # --- the edges of floats ----------------------------------------------------------------------------------------------
 
 
-@BOTH_KERNELS
-def test_nan_shows_in_its_own_place_only(mix_, mix_pairs_) -> None:
+@KERNELS
+def test_nan_shows_in_its_own_place_only(kernel: Kernel) -> None:
     u, b = randn(3, 4, seed=1), randn(3, 4, seed=2)
-    clean = mix_(u, randn(3, 7, seed=3), SEVEN), mix_pairs_(u, b, randn(3, 3, 3, seed=4), PAIRS)
+    clean = mix(u, randn(3, 7, seed=3), SEVEN, kernel=kernel), mix_pairs(u, b, randn(3, 3, 3, seed=4), PAIRS, kernel)
     u[1, 2] = torch.nan
-    spoilt = mix_(u, randn(3, 7, seed=3), SEVEN), mix_pairs_(u, b, randn(3, 3, 3, seed=4), PAIRS)
+    spoilt = mix(u, randn(3, 7, seed=3), SEVEN, kernel=kernel), mix_pairs(u, b, randn(3, 3, 3, seed=4), PAIRS, kernel)
     for before, after in zip(clean, spoilt, strict=True):
         assert after[1, 2].isnan()
         after[1, 2] = before[1, 2]
@@ -146,8 +147,8 @@ def test_nan_spoils_the_gradients_of_its_token_only(name: str) -> None:
     assert u.grad[[0, 2]].isfinite().all()
 
 
-@BOTH_KERNELS
-def test_values_at_infinity(mix_, mix_pairs_) -> None:
+@KERNELS
+def test_values_at_infinity(kernel: Kernel) -> None:
     u = torch.tensor([torch.inf, -torch.inf])
     for name, expected in {
         "identity": (torch.inf, -torch.inf),
@@ -156,7 +157,7 @@ def test_values_at_infinity(mix_, mix_pairs_) -> None:
         "relu2": (torch.inf, 0.0),
         "tanh": (1.0, -1.0),
     }.items():
-        assert mix_(u, torch.ones(1), (name,)).tolist() == list(expected), name
+        assert mix(u, torch.ones(1), (name,), kernel=kernel).tolist() == list(expected), name
 
 
 def test_slopes_at_infinity_are_their_limits() -> None:
@@ -175,18 +176,18 @@ def test_slopes_at_infinity_are_their_limits() -> None:
         assert u.grad.tolist() == list(expected), name
 
 
-@BOTH_KERNELS
+@KERNELS
 @pytest.mark.parametrize("huge", [1e30, torch.inf])
-def test_a_coefficient_of_zero_hides_an_overflow(huge: float, mix_, mix_pairs_) -> None:
+def test_a_coefficient_of_zero_hides_an_overflow(huge: float, kernel: Kernel) -> None:
     u = torch.tensor([[huge, -2.0, 3.0]])  # relu2 overflows float32 at 1e30
     c = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5]])
-    torch.testing.assert_close(mix_(u, c, SEVEN), 0.5 * torch.tanh(u))
+    torch.testing.assert_close(mix(u, c, SEVEN, kernel=kernel), 0.5 * torch.tanh(u))
     b = torch.tensor([[1.0, 2.0, -1.0]])
     square = torch.zeros(1, 3, 3)
     square[0, 1, 0] = 0.25  # tanh(a) · b
     names = ("relu2", "tanh", "identity")
-    torch.testing.assert_close(mix_pairs_(u, b, square.roll(2, 2), names), 0.25 * torch.tanh(u) * b)
-    torch.testing.assert_close(mix_pairs_(b, u, square.roll(2, 2).mT, names), 0.25 * torch.tanh(u) * b)
+    torch.testing.assert_close(mix_pairs(u, b, square.roll(2, 2), names, kernel), 0.25 * torch.tanh(u) * b)
+    torch.testing.assert_close(mix_pairs(b, u, square.roll(2, 2).mT, names, kernel), 0.25 * torch.tanh(u) * b)
 
 
 @pytest.mark.parametrize("huge", [1e30, torch.inf])
@@ -243,7 +244,7 @@ def test_only_the_inputs_are_saved_for_backward(dtype: torch.dtype) -> None:
     assert bytes_of(*saved) == bytes_of(u, b, square)
     assert {tensor.data_ptr() for tensor in saved} == {u.data_ptr(), b.data_ptr(), square.data_ptr()}
     with saved_tensors() as saved:  # what the count would be: the yardstick keeps K activated tensors
-        reference.mix(u, c, SEVEN)
+        mix(u, c, SEVEN, kernel="reference")
     assert bytes_of(*saved) > 7 * bytes_of(u)
 
 

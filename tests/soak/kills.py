@@ -72,7 +72,12 @@ class Case:
             options["data.source"] = ROOT / "LICENSE"
         if self.shards:
             source = "data/image_shards"
-            options |= {"data.train": shards / "train-*.tar", "data.val": shards / "val-*.tar"}
+            options |= {
+                "data.image_size": 28,
+                "data.channels": 1,
+                "data.train": shards / "train-*.tar",
+                "data.val": shards / "val-*.tar",
+            }
             for name in ("data.val_fraction", "data.test_fraction"):
                 options.pop(name)
         configs = [f"configs/{name}.yaml" for name in (size, source, "ffn/moa")]

@@ -1,0 +1,83 @@
+"""`moa::mix` and `moa::mix_backward`: the mix as torch sees it, one operation each way, whatever computes it.
+
+Registered with fake kernels and autograd, so that torch.compile, torch.export, autocast, FSDP2 and activation
+checkpointing (whose policies may name torch.ops.moa.mix) treat it as they treat a matrix product. It keeps a, b and
+the coefficients for the backward pass. A backward pass that is to be differentiated itself runs as torch operations.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import choice, recompute
+from .common import Form, Gradients, like
+from .compiled import sum_to
+
+_ARGUMENTS = "Tensor a, Tensor c, Tensor? b, Tensor? e, str[] names, str form, str kernel"
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("moa::mix", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+def mix_op(
+    a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: list[str], form: Form, kernel: str
+) -> Tensor:
+    """kernels.common's forward by the implementation that `kernel` names."""
+    entries = tuple(names)
+    with torch.no_grad():  # also where no input needs a gradient: the same numbers either way
+        return choice.implementation(kernel, entries, a, c).forward(a, c, b, e, entries, form)
+
+
+@torch.library.custom_op(
+    "moa::mix_backward",
+    mutates_args=(),
+    schema=f"(Tensor g, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def mix_backward_op(
+    g: Tensor, a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: list[str], form: Form, kernel: str
+) -> Four:
+    """Gradients of a, c, b, e in their shapes by the implementation that `kernel` names; empty for those not given."""
+    entries = tuple(names)
+    with torch.no_grad():
+        da, dc, db, de = choice.implementation(kernel, entries, a, c).backward(g, a, c, b, e, entries, form)
+    de = c.new_empty(0) if e is None or de is None else sum_to(de, e)
+    return da, sum_to(dc, c), a.new_empty(0) if db is None else db, de
+
+
+@mix_op.register_fake
+def _fake(
+    a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: list[str], form: Form, kernel: str
+) -> Tensor:
+    return like(a)
+
+
+@mix_backward_op.register_fake
+def _fake_backward(
+    g: Tensor, a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: list[str], form: Form, kernel: str
+) -> Four:
+    return like(a), like(c), a.new_empty(0) if b is None else like(b), c.new_empty(0) if e is None else like(e)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, c, b, e, *ctx.options = inputs
+    ctx.save_for_backward(a, c, b, e)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    a, c, b, e = ctx.saved_tensors
+    names, form, kernel = ctx.options
+    if torch.is_grad_enabled():
+        da, dc, db, de = _differentiable(g, a, c, b, e, tuple(names), form)
+    else:
+        da, dc, db, de = torch.ops.moa.mix_backward(g, a, c, b, e, names, form, kernel)
+    return da, dc, None if b is None else db, None if e is None else de, None, None, None
+
+
+def _differentiable(
+    g: Tensor, a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tuple[str, ...], form: Form
+) -> Gradients:
+    da, dc, db, de = recompute.backward(g, a, c, b, e, names, form)
+    return da, sum_to(dc, c), db, None if e is None or de is None else sum_to(de, e)
+
+
+mix_op.register_autograd(_gradients, setup_context=_keep)
