@@ -5,7 +5,6 @@ Lightning's own default shards nothing and lets all ranks read the same data. Ne
 weights, which depend on (seed, name) only, and sharded after that, so any world size starts from the same numbers.
 """
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import RunCheckpointIO, load_into, split_tensors
 from .errors import UserError
+from .kernels import compiler_works
 from .mixing import MixCoefficients
-
-log = logging.getLogger(__name__)
 
 
 class FSDPStrategy(ModelParallelStrategy):
@@ -157,17 +155,7 @@ def checkpoint_blocks(net: nn.Module) -> None:
 
 def compile_blocks(net: nn.Module) -> None:
     """Compile every transformer block in place; where this machine cannot compile, say so and stay eager."""
-    if not _compiler_works():
+    if not compiler_works():
         return
     for block in transformer_blocks(net):
         block.compile()
-
-
-def _compiler_works() -> bool:
-    """A missing C++ compiler or Triton shows only at the first compiled call, so make one."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
-    except Exception as error:
-        log.warning("torch.compile does not work here (%s); running without it", str(error).strip().splitlines()[0])
-        return False
-    return True
