@@ -8,7 +8,7 @@ from .gradients import GradientNorm
 from .learning_rate import LearningRate
 from .mixing import MixingTelemetry
 from .pictures import Pictures
-from .restored import RestoredOptimizer
+from .restored import RestoredState
 from .throughput import Throughput
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "LearningRate",
     "MixingTelemetry",
     "Pictures",
-    "RestoredOptimizer",
+    "RestoredState",
     "Throughput",
     "default_callbacks",
 ]
@@ -27,7 +27,7 @@ __all__ = [
 def default_callbacks() -> list[L.Callback]:
     """The callbacks of every run, in the order that they need: Convergence gathers what those before it log."""
     return [
-        RestoredOptimizer(),
+        RestoredState(),
         LearningRate(),
         GradientNorm(),
         Throughput(),

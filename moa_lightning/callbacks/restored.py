@@ -1,9 +1,10 @@
-"""What a checkpoint gave the optimiser, checked before the first step.
+"""What a checkpoint gave the optimiser and the counters of the training loop, checked before the first step.
 
 Lightning and torch take any state that a file holds. Fused kernels then run over it with the sizes of the parameters:
 a tensor that is too short is read and written past its end, which ended a process with a segmentation fault.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -14,29 +15,44 @@ from ..errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 ADAM = {"step", "exp_avg", "exp_avg_sq"}  # AdamW is one
+COUNTERS = ("ready", "started", "processed", "completed")
 
 
-class RestoredOptimizer(L.Callback):
-    """Raises UserError where a resumed run's optimiser state does not fit the parameters."""
+class RestoredState(L.Callback):
+    """Raises UserError where what a resumed run was given does not fit it."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for optimizer in trainer.optimizers:
             check_state(optimizer)
+        if not all(type(count) is int and count >= 0 for count in _counts(trainer.fit_loop.state_dict())):
+            raise UserError(
+                "the checkpoint's counts of batches and steps are no counts; it is damaged, so give another"
+            )
 
 
 def check_state(optimizer: Optimizer) -> None:
     """Raise UserError unless every moment has the shape of its parameter and every step count is one number."""
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for parameter, state in optimizer.state.items():
         # torch keeps entries of the file that belong to no parameter under the number that they had
-        known = isinstance(parameter, torch.Tensor) and isinstance(state, dict)
+        known = parameter in group_of and isinstance(state, dict)
         fits = known and all(_fits(name, value, parameter) for name, value in state.items())
         if fits and state and isinstance(optimizer, Adam):
-            fits = state.keys() >= ADAM
+            fits = state.keys() >= ADAM | ({"max_exp_avg_sq"} if group_of[parameter].get("amsgrad") else set())
         if not fits:
             raise UserError(
                 "the checkpoint's optimiser state does not fit the parameters; it is damaged or of another net, so "
                 "give another one"
             )
+
+
+def _counts(node: Any) -> Iterator[Any]:
+    """What stands under the names of counters in a nested state."""
+    for name, child in node.items() if isinstance(node, dict) else ():
+        if name in COUNTERS:
+            yield child
+        else:
+            yield from _counts(child)
 
 
 def _fits(name: str, value: Any, parameter: torch.Tensor) -> bool:

@@ -1,9 +1,10 @@
 """A resumed run's optimiser state fits its parameters, or the run does not start."""
 
+import lightning as L
 import pytest
 import torch
 
-from moa_lightning.callbacks.restored import check_state
+from moa_lightning.callbacks.restored import RestoredState, check_state
 from moa_lightning.errors import UserError
 
 
@@ -47,3 +48,19 @@ def test_a_state_of_no_parameter_is_refused() -> None:
     optimizer.state[7] = {"step": 1.0}
     with pytest.raises(UserError, match="does not fit"):
         check_state(optimizer)
+
+
+def test_amsgrad_wants_its_moment() -> None:
+    optimizer = stepped()
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(UserError, match="does not fit"):
+        check_state(optimizer)
+
+
+@pytest.mark.parametrize("count", ["3", None, -1, 2.5])
+def test_counters_that_are_no_counts_are_refused(count: object) -> None:
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    RestoredState().on_train_start(trainer, L.LightningModule())
+    trainer.fit_loop.epoch_progress.total.processed = count
+    with pytest.raises(UserError, match="counts of batches and steps are no counts"):
+        RestoredState().on_train_start(trainer, L.LightningModule())
