@@ -214,7 +214,9 @@ class MoaCLI(LightningCLI):
             own += [
                 ValidationSchedule(steps),
                 Preemption(),
-                RunReport(None if config["fast_dev_run"] else self.run_dir, self.notes),
+                RunReport(
+                    None if config["fast_dev_run"] else self.run_dir, self.notes, self._get(self.config, "import")
+                ),
             ]
             kwargs |= options
             kwargs["logger"] = loggers(self.run_dir, config["logger"])

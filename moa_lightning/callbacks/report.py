@@ -2,6 +2,7 @@
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ class RunReport(L.Callback):
     Args:
         run_dir: the run's folder; None for a trial run.
         notes: further lines for the start.
+        modules: the user's own, which a run that goes on must name again.
         console: where it is written; None: the process's standard output.
     """
 
-    def __init__(self, run_dir: Path | None, notes: list[str], console: Console | None = None) -> None:
-        self.run_dir, self.notes = run_dir, notes
+    def __init__(
+        self, run_dir: Path | None, notes: list[str], modules: Sequence[str] = (), console: Console | None = None
+    ) -> None:
+        self.run_dir, self.notes, self.modules = run_dir, notes, modules
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.trained = False
 
@@ -65,6 +69,7 @@ class RunReport(L.Callback):
         """After Ctrl-C or SIGTERM: how to go on."""
         if self.trained and self.run_dir is not None and isinstance(exception, KeyboardInterrupt | SIGTERMException):
             again = f"moa fit --run_dir {shlex.quote(str(self.run_dir))} --ckpt_path last"
+            again += "".join(f" --import {shlex.quote(name)}" for name in self.modules)
             self._print(f"stopped after step {trainer.global_step}; the last checkpoint goes on with: {again}")
 
     def _print(self, text: str) -> None:

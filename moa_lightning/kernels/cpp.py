@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..activations import pointwise
 from .common import BUILT_IN, Form, Gradients, like, rows, table
 
 log = logging.getLogger(__name__)
@@ -60,13 +61,40 @@ def available() -> bool:
 
 
 def forward(a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tuple[str, ...], form: Form) -> Tensor:
-    """See kernels.common."""
+    """See kernels.common.
+
+    Where all coefficients are those of one entry, as at the identity start, torch's own function answers, so that a
+    layer that was swapped computes what it computed before to the last bit.
+    """
     y = like(a)
-    if y.numel():
-        inputs, sizes = _inputs(a, c, b, e, form)
-        call = getattr(_library(names, form), f"forward_{DTYPES[a.dtype]}")
-        call(*_pointers(*inputs, y), _numbers(*sizes, 0))
+    if not y.numel():
+        return y
+    entries = _single_entries(c, e, form)
+    if entries is not None:
+        single = pointwise(names[entries[0]]).function(a)
+        if b is not None:
+            single = single * (b if form == "one" else pointwise(names[entries[1]]).function(b))
+        if single.isfinite().all():  # at the edges the kernel is right where torch's functions are not
+            return y.copy_(single)
+    inputs, sizes = _inputs(a, c, b, e, form)
+    call = getattr(_library(names, form), f"forward_{DTYPES[a.dtype]}")
+    call(*_pointers(*inputs, y), _numbers(*sizes, 0))
     return y
+
+
+def _single_entries(c: Tensor, e: Tensor | None, form: Form) -> tuple[int, ...] | None:
+    """The entry of each mix whose coefficient is 1 for all tokens, the others being 0; None unless there is one in
+    each. What training has touched differs in the first token already, which makes the question cheap."""
+    found: list[int] = []
+    for coefficients in (c, e) if e is not None else (c,):
+        entries = coefficients.flatten(-2) if form == "pairs" else coefficients
+        first = entries.reshape(-1, entries.shape[-1])[0]
+        row = first.tolist()
+        if row.count(0.0) != len(row) - 1 or row.count(1.0) != 1 or not bool((entries == first).all()):
+            return None
+        place = row.index(1.0)
+        found += divmod(place, coefficients.shape[-1]) if form == "pairs" else (place,)
+    return tuple(found)
 
 
 def backward(

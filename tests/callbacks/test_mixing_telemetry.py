@@ -12,6 +12,7 @@ from moa_lightning.activations import pointwise
 from moa_lightning.callbacks import MixingTelemetry
 from moa_lightning.callbacks.mixing import gate_entropy, gate_saturation, short_names, start_coefficients
 from moa_lightning.feedforward import FFNConfig
+from moa_lightning.kernels import mix
 from moa_lightning.mixing import Mixing
 
 from .toy import ToyTask, events, fit, toy_loader
@@ -67,7 +68,7 @@ def test_the_start_curve_is_what_a_fresh_mix_computes():
             mixing = Mixing(4, NAMES, (1,), gate, init=init).double()
             if mixing.gate_weight is not None:
                 torch.nn.init.zeros_(mixing.gate_weight)  # the paper's start but for its small random part
-            expected = mixing(u, torch.randn(4, dtype=torch.float64))
+            expected = mix(u, mixing(torch.randn(4, dtype=torch.float64)), NAMES)
             curve = start_coefficients(mixing) @ torch.stack([pointwise(n).function(u) for n in NAMES]).numpy()
             np.testing.assert_allclose(curve, expected.detach().numpy(), atol=1e-12)
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def job(tmp_path: Path, words: None) -> dict[str, str]:
     """The environment of a job of two tasks."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    moa = '#!/bin/sh\nexec python -m moa_lightning.cli "$@"\n'
+    moa = f'#!/bin/sh\nexec {sys.executable} -m moa_lightning.cli "$@"\n'
     scontrol = f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.txt\n'
     for name, text in (("srun", SRUN), ("scontrol", scontrol), ("moa", moa)):
         (tools / name).write_text(text)

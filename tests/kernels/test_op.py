@@ -225,3 +225,19 @@ def test_a_kernel_that_cannot_do_it_is_refused() -> None:
         FFNConfig("moa", kernel="magic")
     with pytest.raises(UserError, match="branches of a gated mix"):
         mix(a, c, SEVEN, a.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("branches", [None, "one", "both", "pairs"])
+def test_at_the_identity_start_a_layer_computes_what_the_fixed_one_does_to_the_bit(branches, dtype):
+    torch.manual_seed(0)
+    shape = {"form": "gated", "branches": branches} if branches else {"form": "plain"}
+    fixed = FeedForward(16, FFNConfig("fixed", activation="silu", form=shape["form"]))
+    mixed = FeedForward(16, FFNConfig("moa", activation="silu", **shape))
+    mixed.load_state_dict(fixed.state_dict(), strict=False)
+    x = torch.randn(5, 7, 16)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert torch.equal(mixed(x), fixed(x))
+    for parameter in (p for name, p in mixed.named_parameters() if name.endswith(".base")):
+        parameter.data += 0.01
+    assert not torch.equal(mixed(x), fixed(x))
