@@ -29,7 +29,8 @@ def attention_maps(net: SelfDistillation, images: Tensor) -> Tensor | None:
     # inside the hook a sharded block's parameters are whole
     hook = attention.register_forward_hook(lambda module, inputs, _: found.append(_shares(module, inputs[0], queries)))
     try:
-        net.features(images)
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks do not see the hook
+            net.features(images)
     finally:
         hook.remove()
     patches = found[0][:, :, prefix:]

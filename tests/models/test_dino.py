@@ -236,3 +236,15 @@ def test_images_and_crops_that_do_not_divide_into_patches_are_refused() -> None:
 def test_nets_that_take_no_crops_of_other_sizes_are_refused_by_name(name: str, size: int) -> None:
     with pytest.raises(UserError, match=name):
         SelfDistillation(name, {}, FFNConfig(), size, 3, out_dim=8)
+
+
+def test_the_maps_of_a_compiled_net_are_those_of_the_same_net() -> None:
+    net = dino()
+    expected = attention_maps(net, images())
+    for block in net.teacher.backbone.blocks:
+        block.compile(backend="eager")
+    net.features(images())  # what is compiled before the hook is there does not see it
+    found = attention_maps(net, images())
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found, expected)
