@@ -63,10 +63,11 @@ how long (--trainer.*)
 {_DEVICES}
 the run
   --run_dir DIR                   its folder: config, events, metrics, checkpoints (default: runs/<task>/version_<next>)
-  --ckpt_path last                continue the run in --run_dir; or the path of a checkpoint
+  --ckpt_path last                continue the run in --run_dir; auto: or begin it; or the path of a checkpoint
+  --checkpoint.keep_last N        how many of the latest checkpoints are kept (1)
   --seed_everything N             initial weights (default 0); the data's order has --data.seed
 
-moa fit --help all                every option of the trainer and the checkpoints
+moa fit --help all                every option of the trainer, checkpoints, guard, watchdog
 """
 
 

@@ -4,8 +4,6 @@
 """
 
 import json
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -19,36 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from moa_lightning.parallel import FSDPStrategy
 from tests.planning.nets import BATCH, TASKS, Sizes, trainer
-from tests.runs.fits import ROOT, make_task
-from tests.runs.group import free_port
-
-SECONDS = 120
+from tests.runs.fits import make_task
+from tests.runs.group import start_group
 
 
 def run_group(folder: Path) -> dict[str, dict[str, int]]:
     """Run in two processes; returns what the first one saw, by strategy and task."""
-    shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "TORCHELASTIC_RUN_ID": "tests",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "tests.planning.group", str(folder)]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
-    try:
-        codes = [process.wait(SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0]
+    start_group(["tests.planning.group", str(folder)], folder)
     return json.loads((folder / "seen.json").read_text())
 
 

@@ -28,7 +28,13 @@ def free_port() -> int:
 
 
 def run_group(kind: str, folder: Path, world_size: int = 2, program: str = "program") -> list[dict[str, Record]]:
-    """Run a program of fits.py in several processes; returns the records of each rank.
+    """Run a program of fits.py in several processes; returns the records of each rank. Errors as in `start_group`."""
+    start_group(["tests.runs.group", program, kind, str(folder)], folder, world_size)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def start_group(command: list[str], folder: Path, world_size: int = 2) -> None:
+    """Run a module and its arguments in several processes, their output in <folder>/rank<r>.log.
 
     Raises:
         RuntimeError: a process failed or the group took too long; all of its processes are gone by then.
@@ -50,11 +56,7 @@ def run_group(kind: str, folder: Path, world_size: int = 2, program: str = "prog
         with (folder / f"rank{rank}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.runs.group", program, kind, str(folder)],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
+                    [sys.executable, "-m", *command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
                 )
             )
     try:
@@ -66,8 +68,7 @@ def run_group(kind: str, folder: Path, world_size: int = 2, program: str = "prog
     if any(process.returncode for process in processes):
         logs = [(folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(world_size)]
         codes = [process.returncode for process in processes]
-        raise RuntimeError(f"{kind}: exit codes {codes}\n" + "\n--- next rank\n".join(logs))
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
+        raise RuntimeError(f"{command}: exit codes {codes}\n" + "\n--- next rank\n".join(logs))
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
