@@ -45,8 +45,8 @@ SECONDS_OF_SILENCE = 5.0
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code.
 
-    0 done, 1 failed runs in a grid, 2 a mistake in the input, 75 stopped by SIGTERM or SIGUSR1 with a
-    checkpoint (to be started again), 130 stopped by Ctrl-C, 70 a run that hung.
+    0 done, 1 failed runs in a grid, 2 a mistake in the input, 3 a training that diverged, 70 a run that hung, 75
+    stopped by SIGTERM or SIGUSR1 with a checkpoint (to be started again), 130 stopped by Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(argv[0], argv[1:])
     except UserError as error:
         _say(str(error))
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells have it
 

@@ -26,6 +26,7 @@ from tasks.vision import SelfSupervised
 from . import parallel  # noqa: F401 - registers the strategy fsdp2
 from .callbacks import DataFaults, default_callbacks
 from .callbacks.checkpoint import RunCheckpoint
+from .callbacks.files import write_json
 from .callbacks.guard import Guard
 from .callbacks.predictions import PredictionFile
 from .callbacks.preemption import REQUEUE, Preemption
@@ -42,6 +43,7 @@ from .run_folder import (
     AUTO,
     CONFIG,
     RUN_DIR_VARIABLE,
+    TEST,
     FolderGuard,
     FolderLock,
     checkpoint_path,
@@ -237,9 +239,16 @@ class MoaCLI(LightningCLI):
 
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:
-            Console().print(metrics_table({name: float(v) for name, v in self.trainer.callback_metrics.items()}))
+            Console().print(metrics_table(self._metrics()))
 
-    after_test = after_validate
+    def after_test(self) -> None:
+        self.after_validate()
+        if self.trainer.is_global_zero:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self.run_dir / TEST, {"metrics": self._metrics()})
+
+    def _metrics(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def after_predict(self) -> None:
         file = next(c for c in self.trainer.callbacks if isinstance(c, PredictionFile))  # type: ignore[attr-defined]

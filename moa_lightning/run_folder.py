@@ -1,6 +1,7 @@
 """The folder of a run: which one it is, who may write into it, and that nothing stays of a run that never ran.
 
-    <run_dir>/config.yaml, events.out.tfevents.*, metrics.csv, result.json, checkpoints/last.ckpt, predictions.npz
+    <run_dir>/config.yaml, events.out.tfevents.*, metrics.csv, checkpoints/last.ckpt, result.json (a finished fit),
+    test.json (moa test), predictions.npz (moa predict)
 
 A process that a strategy launches learns the folder from the first one through the environment.
 """
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 RUN_DIR_VARIABLE = "MOA_RUN_DIR"
 CONFIG, CHECKPOINTS, LAST = "config.yaml", "checkpoints", "last.ckpt"
+RESULT, TEST = "result.json", "test.json"
 LOCK = ".lock"
 LATEST, AUTO = "last", "auto"  # what --ckpt_path may say instead of a path
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")

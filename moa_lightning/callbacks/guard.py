@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import Diverged, UserError
 from .common import is_logging_step, log_scalars, run_folder, steps_in_this_batch
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Guard(L.Callback):
     weights_only=True).
 
     Raises:
-        UserError: `stop_after` steps in a row were skipped.
+        Diverged: `stop_after` steps in a row were skipped.
     """
 
     def __init__(self, stop_after: int = 10) -> None:
@@ -100,7 +100,7 @@ class Guard(L.Callback):
         if trainer.is_global_zero:
             log.warning("step %d was skipped: its gradient is not finite (%d so far%s)", step, self.skipped, where)
         if self.in_a_row >= self.stop_after:
-            raise UserError(
+            raise Diverged(
                 f"the gradient was not finite in {self.in_a_row} steps in a row, the last of them step {step}; "
                 "lower model.optimizer.lr, or look at the batches in the run's folder skipped/"
             )

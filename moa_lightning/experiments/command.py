@@ -10,8 +10,10 @@ from rich.console import Console
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments import worker
-from moa_lightning.experiments.grid import Grid, check_seeds, load_grid
-from moa_lightning.experiments.runner import Failure, run_grid
+from moa_lightning.experiments.grid import Grid, Seeds
+from moa_lightning.experiments.grid_file import check_seeds, load_grid
+from moa_lightning.experiments.runner import Failure, make_schedule, run_grid
+from moa_lightning.experiments.schedule import Schedule
 from moa_lightning.experiments.state import State, read_result, survey
 
 FILE_WIDTH = 120  # columns of a table that goes into a file
@@ -39,16 +41,17 @@ def ablate_command(
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, FILE_WIDTH))
+    schedule = make_schedule(grid)
     if options.dry_run:
-        return _dry_run(grid, console, allow_changed=options.restart_changed)
+        return _dry_run(schedule, console, allow_changed=options.restart_changed)
     failures: list[Failure] = []
     if not options.table_only:
         try:
-            failures = run_grid(grid, console, options.restart_changed, fit, preload)
-        except KeyboardInterrupt:
-            console.print("Stopped; finished runs are kept, the same command continues.")
+            failures = run_grid(schedule, console, options.restart_changed, fit, preload)
+        except KeyboardInterrupt as stop:
+            console.print(str(stop) or "Stopped.", markup=False, soft_wrap=True)
             return INTERRUPTED
-    _report(grid, console)
+    _report(schedule, console)
     for failure in failures:
         log = failure.run.folder / "log.txt"
         console.print(f"FAILED {failure.run.name}: {failure.reason} ({log})", style="red", markup=False, soft_wrap=True)
@@ -108,33 +111,41 @@ def _load(options: argparse.Namespace, resolve: Callable[[str], Path]) -> Grid:
             raise UserError(
                 f"--seeds {options.seeds}: give whole numbers with commas between, such as 0,1,2."
             ) from None
-        grid = replace(grid, seeds=check_seeds(seeds, "--seeds"))
+        fixed = check_seeds(seeds, "--seeds")
+        if grid.tuning is not None and (both := sorted(set(fixed) & set(grid.tuning.seeds))):
+            raise UserError(f"--seeds {options.seeds}: {both[0]} is a seed of the tuning runs; take another one.")
+        grid = replace(grid, seeds=Seeds(fixed, len(fixed)))
     return grid
 
 
-def _dry_run(grid: Grid, console: Console, allow_changed: bool) -> int:
-    for run, where in survey(grid, allow_changed).items():
-        command = shlex.join(["moa", *run.arguments(resume=where is State.RESUME)])
-        console.print(f"{where}: {command}", markup=False, highlight=False, soft_wrap=True)
+def _dry_run(schedule: Schedule, console: Console, allow_changed: bool) -> int:
+    runs = schedule.runs()
+    for run, where in survey(runs, allow_changed).items():
+        console.print(
+            f"{where}: {shlex.join(['moa', *run.arguments()])}", markup=False, highlight=False, soft_wrap=True
+        )
+    if schedule.total() > len(runs):
+        console.print(f"and {schedule.total() - len(runs)} runs more, which tuning decides about")
     return 0
 
 
-def _report(grid: Grid, console: Console) -> None:
+def _report(schedule: Schedule, console: Console) -> None:
     """Write and print the table of what is finished, and draw it."""
     # matplotlib and scipy take a second to import, which --help and mistakes need not wait for
     from moa_lightning.experiments.plots import draw_convergence
     from moa_lightning.experiments.table import make_rows, print_table, write_tables
 
-    states = survey(grid)
+    grid = schedule.grid
+    states = survey(schedule.runs())
     finished = [run for run, where in states.items() if where is State.FINISHED]
     if not finished:
         console.print(f"No finished run in {grid.out}, so no table.")
         return
     results = {run: read_result(run) for run in finished}
-    rows = make_rows(grid, results)
+    rows = make_rows(schedule, results)
     tables = write_tables(grid, rows, states, results)
     print_table(grid, rows, console)
-    pictures = draw_convergence(grid, finished)
+    pictures = draw_convergence(grid, [run for run in finished if run.setting is None])
     for path in (*tables, *pictures):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     console.print(f"tensorboard --logdir {shlex.quote(str(grid.out))}", markup=False, highlight=False, soft_wrap=True)

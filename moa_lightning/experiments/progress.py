@@ -1,7 +1,7 @@
 """What a grid shows while it runs: a line per event and, on a terminal, a live bar with the runs under way."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -27,16 +27,16 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts events of a grid and tells about them; use as a context manager around the runs."""
 
-    waiting: list[Run]  # in the order in which they will start
     jobs: int
     console: Console
     clock: Callable[[], float] = time.monotonic
+    waiting: list[Run] = field(default_factory=list)  # known and not begun, in the order in which they will start
+    total: int = 0  # runs of this session, as far as can be told
     under_way: dict[Run, float] = field(default_factory=dict)  # when each began
     spent: dict[str, list[float]] = field(default_factory=dict)  # seconds of the ended runs, by task
     ended: int = 0
 
     def __post_init__(self) -> None:
-        self.total = len(self.waiting)
         self.began = self.clock()
         self.live = Live(get_renderable=self._panel, console=self.console, transient=True, refresh_per_second=2)
 
@@ -50,8 +50,14 @@ class Progress:
     ) -> None:
         self.live.stop()
 
+    def ahead(self, waiting: Sequence[Run], left: int) -> None:
+        """What is known to wait, and how many runs are left in all; tuning decides about later ones."""
+        self.waiting = list(waiting)
+        self.total = self.ended + left
+
     def started(self, run: Run, resumed: bool) -> None:
-        self.waiting.remove(run)
+        if run in self.waiting:
+            self.waiting.remove(run)
         self.under_way[run] = self.clock()
         if not self.live.is_started:
             self._say(f"{run.name} {'continues' if resumed else 'starts'}")
@@ -72,8 +78,9 @@ class Progress:
         expected = {run: fmean(self.spent.get(run.task, [overall])) for run in (*self.waiting, *self.under_way)}
         now = self.clock()
         left = [max(0.0, expected[run] - (now - began)) for run, began in self.under_way.items()]
+        unknown = max(0, self.total - self.ended - len(self.under_way) - len(self.waiting)) * overall
         busy = max(1, min(self.jobs, len(left) + len(self.waiting)))
-        return max((sum(left) + sum(expected[run] for run in self.waiting)) / busy, max(left, default=0.0))
+        return max((sum(left) + sum(expected[run] for run in self.waiting) + unknown) / busy, max(left, default=0.0))
 
     def _summary(self) -> str:
         left = self.remaining()

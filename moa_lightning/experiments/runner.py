@@ -7,20 +7,25 @@ task does not report, a config file edited while the grid runs.
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess
 from types import FrameType
 
 from rich.console import Console
 
 from moa_lightning.errors import UserError
-from moa_lightning.experiments import state, worker
-from moa_lightning.experiments.grid import Grid, Run, digest
+from moa_lightning.experiments import sizes, state, worker
+from moa_lightning.experiments.cluster import Jobs
+from moa_lightning.experiments.executors import Ended, Executor, Local
+from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Run
+from moa_lightning.experiments.grid_file import digest
 from moa_lightning.experiments.progress import Progress
+from moa_lightning.experiments.schedule import Schedule
+from moa_lightning.experiments.sizes import Size
 from moa_lightning.experiments.state import State
+
+Question = Callable[[list[str]], Size]
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,46 @@ class Failure:
     reason: str  # last line of the log, or the signal that ended the run
 
 
+def make_schedule(grid: Grid, question: Question = sizes.measure) -> Schedule:
+    """The schedule of a grid on disk.
+
+    Args:
+        question: measures the size of a run from the arguments after `moa fit`; it is called in another process.
+    """
+    return Schedule(grid, Sizes(grid, question), Values())
+
+
+class Values:
+    """Looks up the deciding metric of runs; finished ones do not change."""
+
+    def __init__(self) -> None:
+        self.known: dict[Run, float] = {}
+
+    def __call__(self, run: Run) -> float | None:
+        if run not in self.known and state.state_of(run) is State.FINISHED:
+            self.known[run] = state.deciding_value(run)
+        return self.known.get(run)
+
+
+class Sizes:
+    """Looks up the sizes of nets, measures what is not known, and keeps it in the grid's folder."""
+
+    def __init__(self, grid: Grid, question: Question) -> None:
+        self.grid, self.question = grid, question
+        self.path = grid.out / "sizes.json"
+        self.known = sizes.read_sizes(self.path)
+
+    def __call__(self, task: GridTask, variant: GridVariant) -> Size:
+        run = self.grid.run(task, variant, 0, {})
+        key = sizes.size_key(run)
+        if key not in self.known:
+            self.known[key] = worker.ask(self.question, run.config_arguments())
+            sizes.write_sizes(self.path, self.known)
+        return self.known[key]
+
+
 def run_grid(
-    grid: Grid,
+    schedule: Schedule,
     console: Console,
     restart_changed: bool = False,
     fit: worker.Fit = worker.moa,
@@ -45,60 +88,103 @@ def run_grid(
 
     Raises:
         UserError: for changed runs, a folder in use, a metric that a task does not report.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the runs under way have been stopped.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the executor has been stopped.
     """
+    grid = schedule.grid
     claim = state.lock(grid.out)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((grid.out / ".compiled").absolute()))  # one for all runs
     try:
-        states = state.survey(grid, allow_changed=restart_changed)
-        todo = [run for run, where in states.items() if where is not State.FINISHED]
-        if len(todo) < len(states):
-            console.print(f"{len(states) - len(todo)} of {len(states)} runs are finished already")
-        if not todo:
-            return []
         worker.warm_up(preload)
-        resume = {run for run in todo if states[run] is State.RESUME}
-        with _terminate_as_interrupt(), Progress(list(todo), grid.jobs, console) as progress:
-            return _run_all(grid, todo, resume, progress, fit)
+        states = state.survey(schedule.runs(), allow_changed=restart_changed)
+        finished = {run for run, where in states.items() if where is State.FINISHED}
+        if finished:
+            console.print(f"{len(finished)} of {schedule.total()} runs are finished already")
+        if len(finished) == schedule.total():
+            return []
+        executor: Executor = (
+            Local(grid.out, grid.jobs, grid.threads, fit)
+            if grid.cluster is None
+            else Jobs(grid.cluster, grid.out, grid.jobs)
+        )
+        with _terminate_as_interrupt(), Progress(grid.jobs, console) as progress:
+            return _Work(schedule, executor, progress, finished, restart_changed).run()
     finally:
         os.close(claim)
 
 
-def _run_all(grid: Grid, todo: list[Run], resume: set[Run], progress: Progress, fit: worker.Fit) -> list[Failure]:
-    waiting = list(todo)
-    under_way: dict[ForkServerProcess, Run] = {}
-    failures: list[Failure] = []
-    try:
-        while waiting or under_way:
-            while waiting and len(under_way) < grid.jobs:
-                run = waiting.pop(0)
-                _check_unedited(run)
-                state.prepare(run, resume=run in resume)
-                arguments = run.arguments(resume=run in resume)
-                under_way[worker.start(run, arguments, grid.out, grid.threads, fit)] = run
-                progress.started(run, resumed=run in resume)
-            wait([process.sentinel for process in under_way])
-            for process in [process for process in under_way if process.exitcode is not None]:
-                run = under_way.pop(process)
-                reason = _reason(process, run)
-                progress.done(run, reason)
-                if reason is not None:
-                    failures.append(Failure(run, reason))
-                else:
-                    state.check_metric(grid, run)
-    finally:
-        worker.stop(list(under_way))
-    return failures
+@dataclass
+class _Work:
+    """Starts runs as they become known and there is room, until there are none."""
 
+    schedule: Schedule
+    executor: Executor
+    progress: Progress
+    finished: set[Run]
+    restart_changed: bool
 
-def _reason(process: ForkServerProcess, run: Run) -> str | None:
-    """Why a run that has ended is no finished one; None where it is."""
-    code = process.exitcode
-    if code == 0 and state.state_of(run) is State.FINISHED:
+    def run(self) -> list[Failure]:
+        failures: list[Failure] = []
+        under_way: list[Run] = []
+        message = ""
+        try:
+            under_way = self.executor.adopt(self.waiting([], failures))
+            for run in under_way:
+                self.progress.started(run, resumed=True)
+            while True:
+                waiting = self.waiting(under_way, failures)
+                self.progress.ahead(waiting, self.schedule.total() - len(self.finished))
+                if not waiting and not under_way:
+                    return failures
+                under_way += self.start(waiting[: max(0, self.executor.room())])
+                for ended in self.executor.wait():
+                    under_way.remove(ended.run)
+                    failure = self.ended(ended)
+                    failures += [failure] if failure else []
+        except KeyboardInterrupt:
+            message = self.executor.stop()
+            raise KeyboardInterrupt(message) from None
+        except BaseException:
+            self.executor.stop()
+            raise
+
+    def waiting(self, under_way: Sequence[Run], failures: Sequence[Failure]) -> list[Run]:
+        """The runs that are known, and neither begun nor ended."""
+        passed = {*self.finished, *under_way, *(failure.run for failure in failures)}
+        return [run for run in self.schedule.runs() if run not in passed]
+
+    def start(self, runs: Sequence[Run]) -> list[Run]:
+        """Start runs; returns those that are under way, without those that a changed choice has found finished."""
+        states = state.survey(runs, self.restart_changed)
+        self.finished |= {run for run, where in states.items() if where is State.FINISHED}
+        begun = [run for run, where in states.items() if where is not State.FINISHED]
+        for run in begun:
+            _check_unedited(run)
+            state.prepare(run, resume=states[run] is State.RESUME)
+        if begun:
+            self.executor.start(begun)
+        for run in begun:
+            self.progress.started(run, resumed=states[run] is State.RESUME)
+        return begun
+
+    def ended(self, ended: Ended) -> Failure | None:
+        """Count a run that has ended; what went wrong where it has not finished."""
+        reason = _reason(ended)
+        self.progress.done(ended.run, reason)
+        if reason is not None:
+            return Failure(ended.run, reason)
+        state.deciding_value(ended.run)
+        self.finished.add(ended.run)
         return None
-    last = state.last_line(run.folder / "log.txt")
-    if code is not None and code < 0:
-        return f"ended by {signal.Signals(-code).name}; last line: {last}"
-    return last if code else f"ended without a result; last line: {last}"
+
+
+def _reason(ended: Ended) -> str | None:
+    """Why a run that has ended is no finished one; None where it is."""
+    if state.state_of(ended.run) is State.FINISHED:
+        return None
+    last = state.last_line(ended.run.folder / "log.txt")
+    if ended.status is not None and ended.status < 0:
+        return f"ended by {signal.Signals(-ended.status).name}; last line: {last}"
+    return last if ended.status else f"ended without a result; last line: {last}"
 
 
 def _check_unedited(run: Run) -> None:

@@ -1,8 +1,8 @@
 """What a run's folder says: not begun, to be continued, finished, or made by something else.
 
 The grid keeps no list of its own. Each folder carries `run.json` (the fingerprint of the run, written before it
-starts) and, once finished, the `result.json` of `moa fit`; so a grid that was killed anywhere knows where it stands,
-and a run under another configuration is noticed and never mixed in.
+starts) and, once finished, the `result.json` of `moa fit`, or `diverged.json`; so a grid that was killed anywhere knows
+where it stands, and a run under another configuration is noticed and never mixed in.
 """
 
 import fcntl
@@ -11,15 +11,18 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from moa_lightning.errors import UserError
-from moa_lightning.experiments.grid import Grid, Run
-from moa_lightning.run_folder import last_checkpoint
+from moa_lightning.experiments.grid import Run
+from moa_lightning.run_folder import RESULT, TEST, last_checkpoint
 
+RECORD = "run.json"  # what a run is and how it is run, written before it starts
+DIVERGED = "diverged.json"  # in place of a result
 LOCK_PATIENCE_SECONDS = 10.0  # runs of a killed grid need a moment to end
 
 
@@ -32,14 +35,16 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Result:
-    """The `result.json` of a finished run."""
+    """What a finished run came to."""
 
     metrics: dict[str, float]
-    parameters: int
-    steps: int
-    samples: int
+    """of the last validation, and of the test where there was one; NaN for a training that diverged"""
+    parameters: int | None
+    steps: int | None
+    samples: int | None
     tokens: int | None
-    seconds: float  # training time
+    seconds: float
+    """training time"""
 
 
 def state_of(run: Run) -> State:
@@ -50,7 +55,9 @@ def state_of(run: Run) -> State:
         raise UserError(f"{run.folder} holds files that no grid wrote: choose another `out`, or move them away.")
     if differences(run):
         return State.CHANGED
-    if (run.folder / "result.json").is_file():
+    if (run.folder / DIVERGED).is_file():
+        return State.FINISHED
+    if (run.folder / RESULT).is_file() and (run.test_metric is None or (run.folder / TEST).is_file()):
         return State.FINISHED
     return State.NEW if last_checkpoint(run.folder) is None else State.RESUME
 
@@ -62,49 +69,58 @@ def differences(run: Run) -> list[str]:
     return sorted(part for part in {*stored, *present} if stored.get(part) != present.get(part))
 
 
-def survey(grid: Grid, allow_changed: bool = False) -> dict[Run, State]:
-    """The state of every run; UserError for changed runs unless allowed, and for results without the grid's metric."""
-    states = [(run, state_of(run)) for run in grid.runs()]
+def survey(runs: Sequence[Run], allow_changed: bool = False) -> dict[Run, State]:
+    """The state of each run; UserError for changed runs unless allowed, and for results without the grid's metric."""
+    states = [(run, state_of(run)) for run in runs]
     changed = [run for run, state in states if state is State.CHANGED]
     if changed and not allow_changed:
         parts = ", ".join(differences(changed[0]))
         raise UserError(
-            f"{len(changed)} of {len(states)} runs in {grid.out} were made with another configuration (first: "
-            f"{changed[0].name}, different in {parts}): choose another `out`, or pass --restart-changed to repeat them."
+            f"{len(changed)} of {len(states)} runs were made with another configuration (first: {changed[0].folder}, "
+            f"different in {parts}): choose another `out`, or pass --restart-changed to repeat them."
         )
     for run, state in states:
         if state is State.FINISHED:
-            check_metric(grid, run)
+            deciding_value(run)
     return dict(states)
 
 
-def check_metric(grid: Grid, run: Run) -> float:
-    """The declared metric of a finished run; UserError where the result does not hold it."""
-    metric = next(task.metric for task in grid.tasks if task.name == run.task)
+def deciding_value(run: Run) -> float:
+    """The metric that a finished run is there for; UserError where the result does not hold it."""
     metrics = read_result(run).metrics
-    if metric not in metrics:
-        raise UserError(
-            f"{run.name} reports no {metric}, the metric of task {run.task}: choose from {', '.join(sorted(metrics))}."
-        )
-    return metrics[metric]
+    for metric in (run.metric, run.test_metric):
+        if metric is not None and metric not in metrics:
+            raise UserError(
+                f"{run.name} reports no {metric}, the metric of task {run.task}: "
+                f"choose from {', '.join(sorted(metrics))}."
+            )
+    return metrics[run.test_metric or run.metric]
 
 
 def read_result(run: Run) -> Result:
     """The result of a finished run; UserError where the file is damaged."""
-    path = run.folder / "result.json"
+    if (run.folder / DIVERGED).is_file():
+        metrics = {metric: math.nan for metric in (run.metric, run.test_metric) if metric is not None}
+        return Result(metrics, None, None, None, None, math.nan)
+    path = run.folder / RESULT
     raw = _read_json(path)
     try:
-        metrics = {name: math.nan if value is None else float(value) for name, value in raw["metrics"].items()}
+        metrics = _numbers(raw["metrics"])
+        if run.test_metric is not None:
+            path = run.folder / TEST
+            metrics |= _numbers(_read_json(path)["metrics"])
         rest = {key: raw[key] for key in ("parameters", "steps", "samples", "tokens")}
         return Result(metrics, seconds=float(raw["seconds"]), **rest)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a result of moa fit ({error!r}): delete the folder to repeat the run."
-        ) from error
+        raise UserError(f"{path} is not a result of moa ({error!r}): delete the folder to repeat the run.") from error
+
+
+def _numbers(metrics: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in metrics.items()}
 
 
 def prepare(run: Run, resume: bool) -> None:
-    """Make the folder ready: as it is for a continuation, else empty but for the fingerprint."""
+    """Make the folder ready: as it is for a continuation, else empty but for the record of what is run."""
     if resume:
         return
     if run.folder.exists():
@@ -113,7 +129,9 @@ def prepare(run: Run, resume: bool) -> None:
         run.folder.rename(discarded)  # first, so that a kill while deleting leaves no half-empty run
         shutil.rmtree(discarded)
     run.folder.mkdir(parents=True)
-    record = {"fingerprint": run.fingerprint(), "command": ["moa", *run.arguments()]}
+    record = {"fingerprint": run.fingerprint(), "fit": run.arguments()}
+    if run.test_metric is not None:
+        record["test"] = run.test_arguments()
     draft = run.folder.with_name(f".{run.folder.name}.json")
     draft.write_text(json.dumps(record, indent=1))
     os.replace(draft, _record(run))
@@ -160,7 +178,7 @@ def last_line(log: Path) -> str:
 
 
 def _record(run: Run) -> Path:
-    return run.folder / "run.json"
+    return run.folder / RECORD
 
 
 def _read_json(path: Path) -> dict[str, Any]:

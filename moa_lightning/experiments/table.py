@@ -6,6 +6,7 @@ more would be noise.
 
 import csv
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -15,17 +16,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moa_lightning.errors import UserError
 from moa_lightning.experiments.grid import Grid, GridTask, Run
+from moa_lightning.experiments.power import POWER, detectable_effect, seeds_needed
+from moa_lightning.experiments.schedule import Choice, Schedule, setting_name
 from moa_lightning.experiments.state import Result, State
-from moa_lightning.experiments.statistics import CONFIDENCE, Paired, compare
+from moa_lightning.experiments.statistics import CONFIDENCE, Judged, Paired, compare, judge_family
 
-HEADINGS = ("task", "variant", "metric", "mean ± sd", "parameters", "seconds", "difference", "verdict", "seeds")
 FOLDED = ("difference", "verdict")  # columns that a narrow terminal breaks into lines
+RIGHT = ("parameters", "seconds", "detectable", "p", "seeds")
 NOTE = (
     "↓ less is better, ↑ more is better; mean ± sd: over seeds; seconds: median training time of a run; difference: "
-    f"to {{baseline}}, paired by seed, with its {CONFIDENCE:.0%} t interval, each on its own (not corrected for the "
-    "number of comparisons)."
+    f"to {{baselines}}, paired by seed, with its {CONFIDENCE:.0%} t interval; p: of the paired t-test, after Holm's "
+    "correction for the {claims} comparisons of the grid, and the verdict follows it; detectable: the true difference "
+    f"that so many seeds would show with {POWER:.0%} probability, so corrected."
 )
+TUNED = " tuned: chosen on the validation split over seeds of its own; * at the edge of the values tried."
 
 
 @dataclass(frozen=True)
@@ -40,61 +46,100 @@ class Row:
     sd: float  # over seeds; NaN below two
     parameters: int | None
     seconds: float  # median over seeds
-    difference: Paired | None  # None for the baseline itself
+    against: str
+    difference: Judged | None  # None for the baseline itself
+    detectable: float  # difference that the seeds show with POWER; NaN below two pairs
+    seeds_to_show: int | None  # that would show the difference seen with POWER
+    choice: Choice | None  # of the tuned options; None where tuning has not ended
 
-    def cells(self) -> list[str]:
-        """As read by people, in the order of HEADINGS."""
-        parameters = "-" if self.parameters is None else f"{self.parameters:,}"
-        difference, verdict = (
-            ("", "baseline") if self.difference is None else (_interval(self.difference), self.difference.verdict)
-        )
-        seeds = str(self.n) if self.n == self.wanted else f"{self.n} of {self.wanted}"
-        metric = f"{self.task.metric} {'↓' if self.task.mode == 'min' else '↑'}"
-        seconds = (
-            "-" if math.isnan(self.seconds) else f"{self.seconds:.3g}" if self.seconds < 100 else f"{self.seconds:.0f}"
-        )
-        return [
-            self.task.name,
-            self.variant,
-            metric,
-            _spread(self.mean, self.sd),
-            parameters,
-            seconds,
-            difference,
-            verdict,
-            seeds,
-        ]
+    def cells(self) -> dict[str, str]:
+        """As read by people, by heading."""
+        judged = self.difference
+        return {
+            "task": self.task.name,
+            "variant": self.variant,
+            "metric": f"{self.task.final_metric} {'↓' if self.task.mode == 'min' else '↑'}",
+            "mean ± sd": _spread(self.mean, self.sd),
+            "tuned": _tuned(self.choice),
+            "parameters": "-" if self.parameters is None else f"{self.parameters:,}",
+            "seconds": _seconds(self.seconds),
+            "difference": "" if judged is None else _interval(judged.paired),
+            "p": "" if judged is None or math.isnan(judged.p_adjusted) else f"{judged.p_adjusted:.2g}",
+            "verdict": "baseline" if judged is None else judged.verdict,
+            "detectable": "" if math.isnan(self.detectable) else f"{self.detectable:.2g}",
+            "seeds": str(self.n) if self.n == self.wanted else f"{self.n} of {self.wanted}",
+        }
 
 
-def make_rows(grid: Grid, results: dict[Run, Result]) -> list[Row]:
+def headings(grid: Grid) -> list[str]:
+    """Of the table, without what this grid has nothing to say about."""
+    names = ["task", "variant", "metric", "mean ± sd", "tuned", "parameters", "seconds", "difference", "p", "verdict"]
+    return [name for name in [*names, "detectable", "seeds"] if name != "tuned" or grid.tuning is not None]
+
+
+def make_rows(schedule: Schedule, results: Mapping[Run, Result]) -> list[Row]:
     """Rows in the grid's order, the baseline first in each task. `results` holds the finished runs."""
+    grid = schedule.grid
+    finals = {run: result for run, result in results.items() if run.setting is None}
+    compared = _comparisons(grid, finals)
+    modes = {(task.name, variant.name): task.mode for task in grid.tasks for variant in grid.variants}
+    judged = judge_family(compared, {name: modes[name] for name in compared})
     rows = []
     for task in grid.tasks:
-        by_variant: dict[str, dict[int, Result]] = {variant.name: {} for variant in grid.variants}
-        for run, result in results.items():
-            if run.task == task.name:
-                by_variant[run.variant][run.seed] = result
-        finals = {
-            name: {seed: found[seed].metrics[task.metric] for seed in found} for name, found in by_variant.items()
-        }
-        for name in sorted(by_variant, key=lambda name: name != grid.baseline):
-            found, values = by_variant[name], list(finals[name].values())
+        for variant in sorted(grid.variants, key=lambda variant: variant.name != grid.baseline):
+            found = [result for run, result in finals.items() if (run.task, run.variant) == (task.name, variant.name)]
+            values = [result.metrics[task.final_metric] for result in found]
+            difference = judged.get((task.name, variant.name))
             rows.append(
                 Row(
                     task=task,
-                    variant=name,
+                    variant=variant.name,
                     n=len(values),
-                    wanted=len(grid.seeds),
+                    wanted=len(schedule.seeds(task)),
                     mean=fmean(values) if values else math.nan,
                     sd=stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan,
-                    parameters=next((result.parameters for result in found.values()), None),
-                    seconds=median(result.seconds for result in found.values()) if found else math.nan,
-                    difference=None
-                    if name == grid.baseline
-                    else compare(finals[name], finals[grid.baseline], task.mode),
+                    parameters=next((result.parameters for result in found if result.parameters is not None), None),
+                    seconds=median(result.seconds for result in found) if found else math.nan,
+                    against=grid.against(variant),
+                    difference=difference,
+                    detectable=_detectable(difference),
+                    seeds_to_show=_seeds_to_show(difference),
+                    choice=schedule.choice(task, variant),
                 )
             )
     return rows
+
+
+def _comparisons(grid: Grid, finals: Mapping[Run, Result]) -> dict[tuple[str, str], Paired]:
+    """Each claim of the grid: a variant on a task against its baseline."""
+    compared = {}
+    for task in grid.tasks:
+        by_variant: dict[str, dict[int, float]] = {variant.name: {} for variant in grid.variants}
+        for run, result in finals.items():
+            if run.task == task.name:
+                by_variant[run.variant][run.seed] = result.metrics[task.final_metric]
+        for variant in grid.variants:
+            other = grid.against(variant)
+            if other != variant.name:
+                pair = compare(by_variant[variant.name], by_variant[other], task.mode)
+                compared[task.name, variant.name] = pair
+    return compared
+
+
+def _detectable(judged: Judged | None) -> float:
+    if judged is None or not judged.paired.sd > 0:
+        return math.nan
+    return detectable_effect(judged.paired.n, judged.paired.sd, comparisons=judged.family)
+
+
+def _seeds_to_show(judged: Judged | None) -> int | None:
+    """None where it cannot be told, or is beyond all bounds."""
+    if judged is None or not judged.paired.sd > 0 or judged.paired.mean == 0:
+        return None
+    try:
+        return seeds_needed(judged.paired.mean, judged.paired.sd, comparisons=judged.family)
+    except UserError:
+        return None
 
 
 def write_tables(grid: Grid, rows: list[Row], states: dict[Run, State], results: dict[Run, Result]) -> list[Path]:
@@ -109,51 +154,78 @@ def write_tables(grid: Grid, rows: list[Row], states: dict[Run, State], results:
 def print_table(grid: Grid, rows: list[Row], console: Console) -> None:
     """The same on the terminal, a table a task, colours saying what the verdict says."""
     colours = {"better": "green", "worse": "red"}
+    shown = [heading for heading in headings(grid) if heading not in ("task", "metric", "p", "detectable")]
     for task in grid.tasks:
-        mine = [row for row in rows if row.task.name == task.name]
+        mine = [row.cells() for row in rows if row.task.name == task.name]
         table = Table(
-            title=f"{task.name}: {mine[0].cells()[2]}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+            title=f"{task.name}: {mine[0]['metric']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
-        for heading in (HEADINGS[1], *HEADINGS[3:]):
-            right = heading in ("parameters", "seconds", "seeds")
+        for heading in shown:
             table.add_column(
-                heading, justify="right" if right else "left", no_wrap=heading not in FOLDED, min_width=len(heading)
+                heading,
+                justify="right" if heading in RIGHT else "left",
+                no_wrap=heading not in FOLDED,
+                min_width=len(heading),
             )
-        for row in mine:
-            _, variant, _, *cells, verdict, seeds = row.cells()
-            table.add_row(variant, *cells, Text(verdict, colours.get(verdict, "")), seeds)
+        for cells in mine:
+            table.add_row(*(Text(cells[heading], colours.get(cells[heading], "")) for heading in shown))
         console.print(table)
-    console.print(Text(NOTE.format(baseline=grid.baseline), "dim"))
+    console.print(Text(_note(grid), "dim"))
+
+
+def _note(grid: Grid) -> str:
+    baselines = dict.fromkeys(grid.against(variant) for variant in grid.variants)
+    pairs = [
+        f"{grid.against(variant)} for {variant.name}"
+        for variant in grid.variants
+        if grid.against(variant) not in (grid.baseline, variant.name)
+    ]
+    names = ", ".join([grid.baseline, *pairs]) if len(baselines) > 1 else grid.baseline
+    return NOTE.format(baselines=names, claims=grid.claims) + (TUNED if grid.tuning is not None else "")
 
 
 def _markdown(grid: Grid, rows: list[Row]) -> str:
-    lines = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in rows)]
+    names = headings(grid)
+    lines = [names, ["---"] * len(names), *([row.cells()[name] for name in names] for row in rows)]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"# {grid.name}\n\n{table}\n\n{NOTE.format(baseline=grid.baseline)}\n"
+    return f"# {grid.name}\n\n{table}\n\n{_note(grid)}\n"
 
 
 def _record(row: Row) -> dict[str, object]:
-    paired = row.difference
+    judged = row.difference
     fields = ("mean", "low", "high", "sd", "t", "p")
-    compared = {f"difference_{name}": getattr(paired, name) if paired else "" for name in fields}
+    compared = {f"difference_{name}": getattr(judged.paired, name) if judged else "" for name in fields}
     return {
         "task": row.task.name,
+        **row.task.axes,
         "variant": row.variant,
-        "metric": row.task.metric,
+        "metric": row.task.final_metric,
         "mode": row.task.mode,
         "n": row.n,
         "mean": row.mean,
         "sd": row.sd,
+        "tuned": _tuned(row.choice),
         "parameters": row.parameters,
         "seconds_median": row.seconds,
+        "against": "" if judged is None else row.against,
         **compared,
-        "pairs": paired.n if paired else "",
-        "verdict": paired.verdict if paired else "baseline",
+        "pairs": judged.paired.n if judged else "",
+        "p_adjusted": judged.p_adjusted if judged else "",
+        "family": judged.family if judged else "",
+        "verdict": judged.verdict if judged else "baseline",
+        "detectable": row.detectable,
+        "seeds_to_show": row.seeds_to_show,
     }
 
 
 def _run_record(run: Run, where: State, result: Result | None) -> dict[str, object]:
-    record: dict[str, object] = {"task": run.task, "variant": run.variant, "seed": run.seed, "state": str(where)}
+    record: dict[str, object] = {
+        "task": run.task,
+        "variant": run.variant,
+        "setting": run.setting or "",
+        "seed": run.seed,
+    }
+    record["state"] = str(where)
     if result is not None:
         record |= {name: getattr(result, name) for name in ("parameters", "steps", "samples", "tokens", "seconds")}
         record |= result.metrics
@@ -166,6 +238,20 @@ def _write_csv(path: Path, records: list[dict[str, object]]) -> None:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(records)
+
+
+def _tuned(choice: Choice | None) -> str:
+    """lr=0.004*"""
+    if choice is None:
+        return "not yet"
+    return ", ".join(
+        f"{setting_name({option: value})}{'*' if option in choice.edges else ''}"
+        for option, value in choice.options.items()
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return "-" if math.isnan(seconds) else f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}"
 
 
 def _spread(mean: float, sd: float) -> str:

@@ -7,6 +7,7 @@ never touches an accelerator. A run is a session of its own, so that signals rea
 it starts (data workers, ranks), and it ends with the grid, even where the grid is killed.
 """
 
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -15,11 +16,15 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
+from moa_lightning.errors import Diverged, UserError
 from moa_lightning.experiments.grid import Run
-from moa_lightning.experiments.state import share_lock
+from moa_lightning.experiments.state import DIVERGED, RECORD, last_line, share_lock
+from moa_lightning.run_folder import RESULT, TEST
 
 Fit = Callable[[list[str]], int | None]  # arguments after `moa` -> exit status
 
@@ -55,12 +60,59 @@ def warm_up(preload: Sequence[str] = PRELOAD) -> None:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def start(run: Run, arguments: list[str], out: Path, threads: int, fit: Fit = moa) -> ForkServerProcess:
+def start(run: Run, out: Path, threads: int, fit: Fit = moa) -> ForkServerProcess:
     """Start a run; its output goes to `log.txt` in its folder. `out` is the grid's locked folder."""
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_work, args=(arguments, run.folder / "log.txt", out, threads, fit), name=run.name)
+    process = context.Process(target=_work, args=(run.folder, out, threads, fit), name=run.name)
     process.start()
     return process
+
+
+def ask(question: Callable[[list[str]], Any], arguments: list[str]) -> Any:
+    """The answer of a function of a command line, worked out in a process of its own.
+
+    Raises:
+        UserError: that the function has raised.
+    """
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, question, arguments))
+    process.start()
+    sender.close()
+    try:
+        ok, answer = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process that measures a run ended with exit status {process.exitcode}") from None
+    process.join()
+    if not ok:
+        raise UserError(answer)
+    return answer
+
+
+def _answer(sender: Connection, question: Callable[[list[str]], Any], arguments: list[str]) -> None:
+    try:
+        sender.send((True, question(arguments)))
+    except UserError as error:
+        sender.send((False, str(error)))
+
+
+def execute(folder: Path, fit: Fit) -> int:
+    """Do what the record of a run says: train it, or go on training, then test it once. Returns the exit status."""
+    record = json.loads((folder / RECORD).read_text())
+    if not (folder / RESULT).is_file() and (status := _command(record["fit"], fit)):
+        if status == Diverged.exit_code:
+            (folder / DIVERGED).write_text(json.dumps({"message": last_line(folder / "log.txt")}))
+            return 0
+        return status
+    if "test" in record and not (folder / TEST).is_file():
+        return _command(record["test"], fit)
+    return 0
+
+
+def _command(arguments: list[str], fit: Fit) -> int:
+    sys.argv = [sys.argv[0], *arguments]  # a DDP launcher repeats the command line for its other ranks
+    return fit(arguments) or 0
 
 
 def stop(processes: Sequence[ForkServerProcess], patience_seconds: float = 15.0) -> None:
@@ -73,16 +125,15 @@ def stop(processes: Sequence[ForkServerProcess], patience_seconds: float = 15.0)
                 process.join(patience_seconds)
 
 
-def _work(arguments: list[str], log: Path, out: Path, threads: int, fit: Fit) -> None:
+def _work(folder: Path, out: Path, threads: int, fit: Fit) -> None:
     os.setsid()
     threading.Thread(target=_end_with_grid, daemon=True).start()
     share_lock(out)
-    _redirect(log)
+    _redirect(folder / "log.txt")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for processes that the run starts; the fork itself is told below
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
-    sys.argv = [sys.argv[0], *arguments]  # a DDP launcher repeats the command line for its other ranks
-    sys.exit(fit(arguments))
+    sys.exit(execute(folder, fit))
 
 
 def _end_with_grid() -> None:
@@ -108,3 +159,7 @@ def _signal(process: ForkServerProcess, number: int) -> None:
     except ProcessLookupError:  # not yet a session of its own
         with suppress(ProcessLookupError):
             os.kill(process.pid, number)
+
+
+if __name__ == "__main__":  # a job of a batch system: python -m moa_lightning.experiments.worker FOLDER
+    sys.exit(execute(Path(sys.argv[1]), moa))

@@ -84,7 +84,7 @@ class GPUNorms(TorchFunctionMode):
         return torch._fused_rms_norm(x, shape, weight, torch.finfo(x.dtype).eps if eps is None else eps)[0]
 
 
-class _NoValues(TorchFunctionMode):
+class NoValues(TorchFunctionMode):
     """Leaves out torch.nn.init, some of which looks at values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -299,7 +299,7 @@ def _without_values(task: Any) -> None:
     build = task.build
 
     def build_without_values(seed: int) -> nn.Module:
-        with unset_fake_temporarily(), torch.device("meta"), _NoValues():
+        with unset_fake_temporarily(), torch.device("meta"), NoValues():
             net = build(seed)
         return _convert(net, without_values)
 

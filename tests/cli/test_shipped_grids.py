@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moa_lightning.configs import resolve_config
-from moa_lightning.experiments.grid import Run, load_grid
+from moa_lightning.experiments.grid import Run
+from moa_lightning.experiments.grid_file import load_grid
 from tests.cli.conftest import Moa
 
 ROOT = Path(__file__).parents[2]
@@ -13,10 +14,9 @@ GRIDS = sorted(f"configs/grids/{path.name}" for path in (ROOT / "configs" / "gri
 
 
 def one_run_a_task(path: str) -> list[Run]:
-    runs = load_grid(ROOT / path, resolve_config).runs()
-    return [
-        next(run for run in runs if run.name.startswith(f"{task}/")) for task in {r.name.split("/")[0] for r in runs}
-    ]
+    """The first run of each task, of whatever length."""
+    grid = load_grid(ROOT / path, resolve_config)
+    return [grid.run(task, grid.variants[0], 0, {}) for task in grid.tasks]
 
 
 def test_there_is_a_quickstart() -> None:
@@ -26,7 +26,7 @@ def test_there_is_a_quickstart() -> None:
 @pytest.mark.parametrize("path", GRIDS)
 def test_every_task_of_a_grid_parses(moa: Moa, path: str) -> None:
     for run in one_run_a_task(path):
-        outcome = moa(" ".join([*run.arguments(False), "--print_config"]))
+        outcome = moa(" ".join([*run.arguments(), "--print_config"]))
         assert outcome.code == 0, outcome.err
         assert "class_path: tasks." in outcome.out
 

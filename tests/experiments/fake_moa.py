@@ -3,12 +3,13 @@
 The "loss" is a formula of step, seed and the config's `quality`, so that an interrupted and continued grid must end
 with the very numbers of an uninterrupted one. As a script it is `moa ablate` with this fit: `python fake_moa.py
 GRID.yaml ...`. Options: --steps, --step_seconds, --journal FILE (a line for each start), --fail MESSAGE, --die true,
---silent true.
+--silent true, --diverge true, --rate R (the best is the config's `best_rate`).
 """
 
 import argparse
 import csv
 import json
+import math
 import os
 import random
 import signal
@@ -18,33 +19,39 @@ from pathlib import Path
 
 import yaml
 
-from moa_lightning.errors import UserError
+from moa_lightning.errors import Diverged, UserError
 from moa_lightning.experiments.command import ablate_command
 
 METRIC_COLUMNS = ["step", "samples", "tokens", "seconds", "train/loss", "val/loss"]
 
 
-def loss(step: int, seed: int, quality: float) -> float:
-    return 4.0 / (1 + step) + 0.01 * random.Random(seed).random() - quality * (1 + 0.2 * (seed % 3))
+def loss(step: int, seed: int, quality: float, too_far: float = 0.0) -> float:
+    return 4.0 / (1 + step) + 0.01 * random.Random(seed).random() - quality * (1 + 0.2 * (seed % 3)) + too_far**2
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=["fit"])
+    parser.add_argument("command", choices=["fit", "test"])
     parser.add_argument("-c", dest="configs", action="append", type=Path)
     for option in ("--run_dir", "--journal"):
         parser.add_argument(option, type=Path)
     for option, kind in (("--seed_everything", int), ("--steps", int), ("--step_seconds", float)):
         parser.add_argument(option, type=kind, default=0)
-    for option in ("--fail", "--die", "--silent", "--ckpt_path"):
+    parser.add_argument("--rate", type=float)
+    for option in ("--fail", "--die", "--silent", "--ckpt_path", "--diverge"):
         parser.add_argument(option, default="")
     options = parser.parse_args(arguments)
-    folder: Path = options.run_dir
+    if options.command == "test":
+        folder = Path(options.ckpt_path).parents[1]
+        journal(folder, folder / "journal.txt", "tested")
+        value = json.loads((folder / "result.json").read_text())["metrics"]["val/loss"] + 1
+        (folder / "test.json").write_text(json.dumps({"metrics": {"test/loss": value}}))
+        return 0
+    folder = options.run_dir
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    begin = int(checkpoint.read_text()) if options.ckpt_path == "last" else 0
+    begin = int(checkpoint.read_text()) if checkpoint.is_file() else 0
     if options.journal:
-        with options.journal.open("a") as file:
-            file.write(f"{'/'.join(folder.parts[-3:])} from {begin}\n")
+        journal(folder, options.journal, f"from {begin}")
     print("a first line", flush=True)
     config: dict[str, float] = {}
     for path in options.configs:
@@ -53,13 +60,24 @@ def main(arguments: list[str]) -> int:
         raise RuntimeError(options.fail)
     if options.die:
         os.kill(os.getpid(), signal.SIGKILL)
-    train(options, folder, checkpoint, begin, config.get("quality", 0.0))
-    metrics = {"val/loss": loss(options.steps, options.seed_everything, config.get("quality", 0.0))}
+    if options.diverge:
+        print("moa: the gradient was not finite")
+        return Diverged.exit_code
+    quality, too_far = config.get("quality", 0.0), 0.0
+    if options.rate is not None:
+        too_far = math.log(options.rate / config.get("best_rate", 0.01))
+    train(options, folder, checkpoint, begin, quality)
+    metrics = {"val/loss": loss(options.steps, options.seed_everything, quality, too_far)}
     if not options.silent:
         result = {"metrics": metrics, "parameters": 1000, "steps": options.steps, "samples": 8 * options.steps}
         result |= {"tokens": None, "seconds": 0.5 * options.steps, "task": "Fake", "seed": options.seed_everything}
         (folder / "result.json").write_text(json.dumps(result))
     return 0
+
+
+def journal(folder: Path, path: Path, event: str) -> None:
+    with path.open("a") as file:
+        file.write(f"{'/'.join(folder.parts[-3:])} {event}\n")
 
 
 def train(options: argparse.Namespace, folder: Path, checkpoint: Path, begin: int, quality: float) -> None:

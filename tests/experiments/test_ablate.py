@@ -173,7 +173,7 @@ def test_a_failed_run_stops_no_other_and_is_reported(ablate: Ablate, make_grid: 
     assert "FAILED language/silent/seed0: ended without a result" in done.output
     assert finished(tmp_path) == {"language/gelu/seed0", "language/gelu/seed1"}
     table = (tmp_path / "out/table.md").read_text()
-    assert "no seed in common | 0 of 2 |" in table
+    assert "no seed in common |  | 0 of 2 |" in table
 
 
 def test_a_metric_that_the_task_does_not_report_stops_the_grid(
@@ -206,7 +206,7 @@ def test_options_of_the_command(ablate: Ablate, make_grid: MakeGrid, tmp_path: P
     assert dry.status == 0
     assert len(dry.output.splitlines()) == 12
     assert dry.output.startswith(
-        f"to run: moa fit -c {tmp_path}/task.yaml -c {tmp_path}/gelu.yaml --run_dir {tmp_path}/other/"
+        f"to run: moa fit -c {tmp_path}/task.yaml -c {tmp_path}/gelu.yaml --seed_everything 5 "
     )
     assert not (tmp_path / "other").exists()
     empty = ablate(path, "--table-only")

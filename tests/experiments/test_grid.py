@@ -8,7 +8,9 @@ import pytest
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments.command import ablate_command
-from moa_lightning.experiments.grid import load_grid
+from moa_lightning.experiments.grid import Run
+from moa_lightning.experiments.grid_file import load_grid
+from moa_lightning.experiments.runner import make_schedule
 
 MakeGrid = Callable[..., Path]
 
@@ -19,41 +21,45 @@ def find(name: str) -> Path:
     return Path(name)
 
 
+def runs(path: Path) -> list[Run]:
+    return make_schedule(load_grid(path, find)).runs()
+
+
 def test_runs_have_seeds_outermost_and_all_combinations(make_grid: MakeGrid) -> None:
-    names = [run.name for run in load_grid(make_grid(seeds=[4, 2]), find).runs()]
+    names = [run.name for run in runs(make_grid(seeds=[4, 2]))]
     first = [f"{task}/{variant}/seed4" for task in ("language", "mae") for variant in ("gelu", "la", "moa")]
     assert names == first + [name.replace("seed4", "seed2") for name in first]
 
 
 def test_command_of_a_run(make_grid: MakeGrid, tmp_path: Path) -> None:
     options = {"trainer.max_steps": 300, "a": None, "b": True, "c": [0.9, 0.95], "d": "1e-3", "e": -1}
-    run = load_grid(make_grid(overrides=options), find).runs()[1]
+    run = runs(make_grid(overrides=options))[1]
     assert run.arguments() == [
         *("fit", "-c", f"{tmp_path}/task.yaml", "-c", f"{tmp_path}/la.yaml"),
-        *("--run_dir", f"{tmp_path}/out/language/la/seed0", "--seed_everything", "0"),
+        *("--seed_everything", "0"),
         *("--trainer.max_steps=300", "--a=null", "--b=true", "--c=[0.9, 0.95]", "--d=1e-3", "--e=-1"),
+        *("--run_dir", f"{tmp_path}/out/language/la/seed0", "--ckpt_path", "auto"),
     ]
-    assert run.arguments(resume=True) == [*run.arguments(), "--ckpt_path", "last"]
 
 
 def test_overrides_of_a_variant_win_over_the_task_and_the_grid(make_grid: MakeGrid, tmp_path: Path) -> None:
     task = {"config": str(tmp_path / "task.yaml"), "metric": "m", "mode": "max", "overrides": {"b": 2, "c": 2}}
     path = make_grid(overrides={"a": 1, "b": 1, "c": 1}, tasks={"t": task}, variants={"gelu": {"overrides": {"c": 3}}})
-    assert dict(load_grid(path, find).runs()[0].options) == {"a": "1", "b": "2", "c": "3"}
+    assert dict(runs(path)[0].options) == {"a": "1", "b": "2", "c": "3"}
 
 
 def test_fingerprint_follows_content_not_comments_nor_place(make_grid: MakeGrid, tmp_path: Path) -> None:
     def fingerprint(**entries: Any) -> dict[str, str]:
-        return load_grid(make_grid(**entries), find).runs()[1].fingerprint()
+        return runs(make_grid(**entries))[1].fingerprint()
 
     first = fingerprint()
     assert fingerprint(out=str(tmp_path / "elsewhere"), jobs=1) == first
     assert fingerprint(overrides={"steps": 7}) != first
     path = make_grid()
     (tmp_path / "la.yaml").write_text("# a remark\nquality:   0.1\n")
-    assert load_grid(path, find).runs()[1].fingerprint() == first
+    assert runs(path)[1].fingerprint() == first
     (tmp_path / "la.yaml").write_text("quality: 0.3\n")
-    assert load_grid(path, find).runs()[1].fingerprint() != first
+    assert runs(path)[1].fingerprint() != first
 
 
 def test_name_and_folder_have_defaults(make_grid: MakeGrid) -> None:

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.image import imread
 
 from moa_lightning.errors import UserError
-from moa_lightning.experiments.grid import Grid, GridTask, GridVariant
+from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Seeds
 from moa_lightning.experiments.plots import draw_convergence, make_curve, read_points
 
 HEADER = "step,samples,tokens,seconds,train/loss,val/loss\n"
@@ -35,12 +35,14 @@ def test_a_curve_joins_the_steps_that_all_seeds_have() -> None:
 def test_a_picture_for_every_kind_of_curve(tmp_path: Path, values: list[str]) -> None:
     names = [f"v{number}" for number in range(10)]  # more than there are colours
     task = GridTask("language", (), "val/loss", "min")
-    grid = Grid("g", tmp_path, (0, 1), "v0", (task,), tuple(GridVariant(name, ()) for name in names), {}, 1)
-    for run in grid.runs():
+    variants = tuple(GridVariant(name, ()) for name in names)
+    grid = Grid("g", tmp_path, Seeds((0, 1), 2), "v0", (task,), variants, {}, 1)
+    runs = [grid.run(task, variant, seed, {}) for seed in (0, 1) for variant in variants]
+    for run in runs:
         run.folder.mkdir(parents=True)
         rows = [f"{step},8,,{step},,{value}\n" for step, value in enumerate(values, start=1)]
         (run.folder / "metrics.csv").write_text(HEADER + "".join(rows))
-    (path,) = draw_convergence(grid, grid.runs())
+    (path,) = draw_convergence(grid, runs)
     picture = imread(path)
     assert picture.shape[1] == 2400
     assert picture.min() < 0.1, "nothing was drawn"

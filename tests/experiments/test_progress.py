@@ -1,6 +1,8 @@
 """The figures of the progress display, on a clock that the test turns."""
 
 import io
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,19 @@ from moa_lightning.experiments.progress import Progress, duration, last_step
 
 
 def make_run(task: str, seed: int, folder: Path = Path("absent")) -> Run:
-    return Run(task, "la", seed, folder, (), (("trainer.max_steps", "300"),))
+    return Run(task, "la", seed, folder, (), (("trainer.max_steps", "300"),), "val/loss")
+
+
+def make_progress(runs: list[Run], console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
+    progress = Progress(1, console, clock)
+    progress.ahead(runs, len(runs))
+    return progress
 
 
 def test_remaining_time_follows_the_runs_of_the_same_task() -> None:
     now = 0.0
     runs = [make_run(task, seed) for seed in (0, 1) for task in ("short", "long")]
-    progress = Progress(list(runs), 1, Console(file=io.StringIO()), clock=lambda: now)
+    progress = make_progress(runs, Console(file=io.StringIO()), lambda: now)
     assert progress.remaining() is None
     progress.started(runs[0], resumed=False)
     now = 10.0
@@ -35,7 +43,7 @@ def test_remaining_time_follows_the_runs_of_the_same_task() -> None:
 def test_a_failed_run_says_why_and_teaches_no_time() -> None:
     screen = io.StringIO()
     run = make_run("t", 0)
-    progress = Progress([run, make_run("t", 1)], 1, Console(file=screen, width=40), clock=lambda: 0.0)
+    progress = make_progress([run, make_run("t", 1)], Console(file=screen, width=40), lambda: 0.0)
     progress.started(run, resumed=True)
     progress.done(run, "RuntimeError: [red]")
     assert screen.getvalue() == (
@@ -47,7 +55,7 @@ def test_a_failed_run_says_why_and_teaches_no_time() -> None:
 def test_a_terminal_shows_the_runs_under_way(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,val/loss\n12,1.0\n")
     screen = io.StringIO()
-    with Progress([make_run("t", 0, tmp_path)], 1, Console(file=screen, force_terminal=True, width=100)) as progress:
+    with make_progress([make_run("t", 0, tmp_path)], Console(file=screen, force_terminal=True, width=100)) as progress:
         progress.started(make_run("t", 0, tmp_path), resumed=False)
         progress.live.refresh()
     assert "0 of 1 runs" in screen.getvalue()

@@ -7,18 +7,22 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Run
+from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Run, Seeds
+from moa_lightning.experiments.runner import make_schedule
+from moa_lightning.experiments.schedule import Schedule
 from moa_lightning.experiments.state import Result, State
-from moa_lightning.experiments.table import Row, make_rows, print_table, write_tables
+from moa_lightning.experiments.table import Row, headings, make_rows, print_table, write_tables
 
 TASK = GridTask("language", (), "val/loss", "min")
 
 
-def grid(out: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> Grid:
-    return Grid("small", out, seeds, "gelu", (TASK,), (GridVariant("moa", ()), GridVariant("gelu", ())), {}, 1)
+def grid(out: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> Schedule:
+    variants = (GridVariant("moa", ()), GridVariant("gelu", ()))
+    small = Grid("small", out, Seeds(seeds, len(seeds)), "gelu", (TASK,), variants, {}, 1)
+    return make_schedule(small)
 
 
-def results(small: Grid, losses: dict[str, list[float]]) -> dict[Run, Result]:
+def results(small: Schedule, losses: dict[str, list[float]]) -> dict[Run, Result]:
     """Finished runs with these losses for the first seeds; 3 s a run and 1 s more with each seed."""
     return {
         run: Result({"val/loss": losses[run.variant][run.seed]}, 1_234_567, 10, 80, None, 3.0 + run.seed)
@@ -29,8 +33,7 @@ def results(small: Grid, losses: dict[str, list[float]]) -> dict[Run, Result]:
 
 def cells(row: Row) -> tuple[str, ...]:
     """Mean, difference, verdict, seeds as printed."""
-    _, _, _, mean, _, _, difference, verdict, seeds = row.cells()
-    return mean, difference, verdict, seeds
+    return tuple(row.cells()[heading] for heading in ("mean ± sd", "difference", "verdict", "seeds"))
 
 
 def test_rows_by_hand(tmp_path: Path) -> None:
@@ -38,16 +41,8 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     baseline, moa = make_rows(small, results(small, {"gelu": [1.21, 1.23, 1.25], "moa": [1.20, 1.21, 1.22]}))
     assert baseline.variant == "gelu", "the baseline stands first"
     assert (baseline.mean, baseline.sd) == pytest.approx((1.23, 0.02))
-    assert baseline.cells() == [
-        "language",
-        "gelu",
-        "val/loss ↓",
-        "1.230 ± 0.020",
-        "1,234,567",
-        "4",
-        "",
-        "baseline",
-        "3",
+    assert [baseline.cells()[heading] for heading in headings(small.grid)] == [
+        *("language", "gelu", "val/loss ↓", "1.230 ± 0.020", "1,234,567", "4", "", "", "baseline", "", "3")
     ]
     # differences -0.01, -0.02, -0.03: t(0.975, 2) = 4.302653, standard error 0.01 / sqrt(3), half width 0.02484
     assert cells(moa) == ("1.210 ± 0.010", "-0.020 [-0.045, +0.005]", "no difference shown", "3")
@@ -76,7 +71,7 @@ def test_files_keep_every_digit_and_list_every_run(tmp_path: Path) -> None:
     small = grid(tmp_path, seeds=(0, 1))
     found = results(small, {"gelu": [1 / 3, 2 / 3], "moa": [1 / 7]})
     states = {run: State.FINISHED if run in found else State.RESUME for run in small.runs()}
-    write_tables(small, make_rows(small, found), states, found)
+    write_tables(small.grid, make_rows(small, found), states, found)
     table = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert float(table[1]["difference_mean"]) == 1 / 7 - 1 / 3
     runs = list(csv.DictReader((tmp_path / "runs.csv").open()))
@@ -96,7 +91,7 @@ def test_the_terminal_shows_figures_whole(tmp_path: Path, width: int) -> None:
     small = grid(tmp_path)
     console = Console(width=width, record=True, file=(tmp_path / "terminal").open("w"))
     rows = make_rows(small, results(small, {"gelu": [1.21, 1.23, 1.25], "moa": [1.20, 1.21, 1.22]}))
-    print_table(small, rows, console)
+    print_table(small.grid, rows, console)
     text = console.export_text()
     assert "…" not in text
     for figure in ("1.210 ± 0.010", "1,234,567", "[-0.045,", "+0.005]"):

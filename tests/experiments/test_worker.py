@@ -43,12 +43,13 @@ if __name__ == "__main__":
     else:
         from rich.console import Console
         from moa_lightning.experiments import worker
-        from moa_lightning.experiments.grid import Grid, GridTask, GridVariant
-        from moa_lightning.experiments.runner import run_grid
+        from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Seeds
+        from moa_lightning.experiments.runner import make_schedule, run_grid
 
-        grid = Grid("g", out, (3,), "v", (GridTask("t", (), "loss", "min"),), (GridVariant("v", ()),), {}, 1)
+        tasks, variants = (GridTask("t", (), "loss", "min"),), (GridVariant("v", ()),)
+        grid = Grid("g", out, Seeds((3,), 1), "v", tasks, variants, {}, 1)
         preload = tuple(name for name in worker.PRELOAD if not name.startswith(("moa_lightning", "tasks", "data")))
-        assert run_grid(grid, Console(), fit=fit, preload=preload) == []
+        assert run_grid(make_schedule(grid), Console(), fit=fit, preload=preload) == []
         print("threads of the warm process:", len(os.listdir(f"/proc/{_forkserver._forkserver_pid}/task")))
         maps = Path(f"/proc/{_forkserver._forkserver_pid}/maps").read_text()
         print("torch is warm:", "libtorch" in maps)
@@ -69,4 +70,4 @@ def test_a_forked_run_equals_a_process_of_its_own(tmp_path: Path) -> None:
     run = tmp_path / "grid/t/v/seed3"
     assert (run / "weights").read_bytes() == (tmp_path / "alone/weights").read_bytes()
     assert (run / "threads").read_text() == (tmp_path / "alone/threads").read_text() == f"{cores} {cores}"
-    assert json.loads((run / "run.json").read_text())["command"][:2] == ["moa", "fit"]
+    assert json.loads((run / "run.json").read_text())["fit"][0] == "fit"
