@@ -41,7 +41,9 @@ class RunJob:
             self.process = subprocess.Popen(
                 [*self.command, str(self.folder)], stdout=log, stderr=log, start_new_session=True
             )
-        return self.process.wait()
+        while (status := self.process.poll()) is None:
+            time.sleep(0.2)  # not process.wait(): its lock would be held when a signal comes and checkpoint() waits too
+        return status
 
     def checkpoint(self) -> Any:
         """Called by submitit shortly before the job's end: save, and queue the same again."""
@@ -69,14 +71,13 @@ class Jobs:
         UserError: submitit is not installed, or refuses a parameter.
     """
 
-    def __init__(self, settings: Cluster, out: Path, jobs: int, command: tuple[str, ...] = ()) -> None:
+    def __init__(self, settings: Cluster, out: Path, jobs: int, command: tuple[str, ...]) -> None:
         try:
             import submitit
         except ModuleNotFoundError:
             raise UserError("a grid with `cluster` needs the package submitit: pip install submitit") from None
         self.folder, self.kind = (out / ".jobs").absolute(), settings.kind
-        self.command = command or (sys.executable, "-m", "moa_lightning.experiments.worker")
-        self.jobs = jobs
+        self.jobs, self.command = jobs, command
         parameters = dict(settings.parameters)
         if self.kind == "slurm":
             parameters.setdefault("slurm_array_parallelism", jobs)

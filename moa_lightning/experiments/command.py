@@ -25,6 +25,7 @@ def ablate_command(
     resolve: Callable[[str], Path] | None = None,
     fit: worker.Fit = worker.moa,
     preload: tuple[str, ...] = worker.PRELOAD,
+    job: tuple[str, ...] = worker.COMMAND,
 ) -> int:
     """The command; returns its exit status: 0, 1 where a run failed, 130 after an interrupt.
 
@@ -32,6 +33,7 @@ def ablate_command(
         argv: what follows `moa ablate`.
         resolve: finds the file of a config fragment; by default in the working folder, then in the package.
         fit, preload: what a run calls in its process, and what is imported for it beforehand.
+        job: the command that executes a run's folder as a job of a batch system.
 
     Raises:
         UserError: for a mistake in the grid file or the options.
@@ -47,7 +49,7 @@ def ablate_command(
     failures: list[Failure] = []
     if not options.table_only:
         try:
-            failures = run_grid(schedule, console, options.restart_changed, fit, preload)
+            failures = run_grid(schedule, console, options.restart_changed, fit, preload, job)
         except KeyboardInterrupt as stop:
             console.print(str(stop) or "Stopped.", markup=False, soft_wrap=True)
             return INTERRUPTED
@@ -145,7 +147,7 @@ def _report(schedule: Schedule, console: Console) -> None:
     rows = make_rows(schedule, results)
     tables = write_tables(grid, rows, states, results)
     print_table(grid, rows, console)
-    pictures = draw_convergence(grid, [run for run in finished if run.setting is None])
+    pictures = draw_convergence(grid, [run for run in finished if run.setting is None and not results[run].diverged])
     for path in (*tables, *pictures):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     console.print(f"tensorboard --logdir {shlex.quote(str(grid.out))}", markup=False, highlight=False, soft_wrap=True)

@@ -78,6 +78,7 @@ def run_grid(
     restart_changed: bool = False,
     fit: worker.Fit = worker.moa,
     preload: tuple[str, ...] = worker.PRELOAD,
+    job: tuple[str, ...] = worker.COMMAND,
 ) -> list[Failure]:
     """Run all that is not finished; returns the runs that failed.
 
@@ -85,6 +86,7 @@ def run_grid(
         restart_changed: delete and repeat runs made with another configuration, instead of refusing.
         fit: what is called in each run's process with the arguments after `moa`.
         preload: modules imported once for all runs.
+        job: the command that executes a run's folder as a job of a batch system.
 
     Raises:
         UserError: for changed runs, a folder in use, a metric that a task does not report.
@@ -104,7 +106,7 @@ def run_grid(
         executor: Executor = (
             Local(grid.out, grid.jobs, grid.threads, fit)
             if grid.cluster is None
-            else Jobs(grid.cluster, grid.out, grid.jobs)
+            else Jobs(grid.cluster, grid.out, grid.jobs, job)
         )
         with _terminate_as_interrupt(), Progress(grid.jobs, console) as progress:
             return _Work(schedule, executor, progress, finished, restart_changed).run()

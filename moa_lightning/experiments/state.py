@@ -46,6 +46,10 @@ class Result:
     seconds: float
     """training time"""
 
+    @property
+    def diverged(self) -> bool:
+        return self.steps is None
+
 
 def state_of(run: Run) -> State:
     """Where a run stands, from its folder alone."""

@@ -28,6 +28,7 @@ from moa_lightning.run_folder import RESULT, TEST
 
 Fit = Callable[[list[str]], int | None]  # arguments after `moa` -> exit status
 
+COMMAND = (sys.executable, "-m", "moa_lightning.experiments.worker")  # and the folder of a run: executes it
 PRELOAD = (
     "lightning.pytorch.cli",
     "torch.utils.tensorboard",
@@ -161,5 +162,5 @@ def _signal(process: ForkServerProcess, number: int) -> None:
             os.kill(process.pid, number)
 
 
-if __name__ == "__main__":  # a job of a batch system: python -m moa_lightning.experiments.worker FOLDER
+if __name__ == "__main__":  # a job of a batch system
     sys.exit(execute(Path(sys.argv[1]), moa))

@@ -21,7 +21,9 @@ import yaml
 
 from moa_lightning.errors import Diverged, UserError
 from moa_lightning.experiments.command import ablate_command
+from moa_lightning.experiments.worker import execute
 
+COMMAND = (sys.executable, __file__)
 METRIC_COLUMNS = ["step", "samples", "tokens", "seconds", "train/loss", "val/loss"]
 
 
@@ -97,8 +99,10 @@ def train(options: argparse.Namespace, folder: Path, checkpoint: Path, begin: in
 
 
 if __name__ == "__main__":
+    if (Path(sys.argv[1]) / "run.json").is_file():
+        sys.exit(execute(Path(sys.argv[1]), main))
     try:
-        sys.exit(ablate_command(sys.argv[1:], resolve=Path, fit=main, preload=("moa_lightning.experiments.command",)))
+        sys.exit(ablate_command(sys.argv[1:], Path, main, ("moa_lightning.experiments.command",), COMMAND))
     except UserError as error:
         print(f"error: {error}")
         sys.exit(2)

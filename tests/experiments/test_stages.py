@@ -1,0 +1,112 @@
+"""Grids whose runs follow from results: tuning first, the test split once, divergence as a result, ten kills."""
+
+import csv
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.experiments import fake_moa
+from tests.experiments.test_ablate import Ablate, ablate, begun, results  # noqa: F401 - a fixture
+
+MakeGrid = Callable[..., Path]
+TUNE = {"seeds": [100], "options": {"rate": [0.005, 0.01, 0.02]}}
+
+
+def tuned_grid(make_grid: MakeGrid, folder: Path, seconds: float = 0.0, **entries: Any) -> Path:
+    path = make_grid(
+        tasks={"t": {"config": [str(folder / "task.yaml")], "metric": "val/loss", "mode": "min"}},
+        overrides={"steps": 4, "step_seconds": seconds, "journal": str(folder / "journal.txt")},
+        tune=TUNE,
+        **entries,
+    )
+    (folder / "moa.yaml").write_text("quality: 0.2\nbest_rate: 0.02\n")
+    return path
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "out/table.csv").open()))
+
+
+def test_each_variant_trains_at_its_own_best_rate(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:  # noqa: F811
+    done = ablate(tuned_grid(make_grid, tmp_path))
+    assert done.status == 0, done.output
+    assert "[18/18]" in done.output
+    starts = begun(tmp_path)
+    assert all("/seed100" in line for line in starts[:9]), "tuning comes first"
+    assert [row["tuned"] for row in rows(tmp_path)] == ["rate=0.01", "rate=0.01", "rate=0.02*"]
+    assert "* at the edge" in (tmp_path / "out/table.md").read_text()
+    assert {row["n"] for row in rows(tmp_path)} == {"3"}, "tuning runs are not counted"
+    again = ablate(tmp_path / "grid.yaml")
+    assert "18 of 18 runs are finished already" in again.output
+
+
+def test_another_best_rate_changes_the_final_runs(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:  # noqa: F811
+    path = tuned_grid(make_grid, tmp_path)
+    assert ablate(path).status == 0
+    path.write_text(path.read_text().replace("- 0.02\n", "- 0.03\n"))  # now 0.01 is nearer to moa's 0.02
+    refused = ablate(path)
+    assert refused.status == 2
+    assert "different in rate" in refused.output
+    assert ablate(path, "--restart-changed").status == 0
+    assert rows(tmp_path)[2]["tuned"] == "rate=0.03*"
+    starts = Counter(line.split()[0] for line in begun(tmp_path))
+    assert {run for run, count in starts.items() if count == 2} == {f"t/moa/seed{seed}" for seed in (0, 1, 2)}
+
+
+def test_the_test_split_is_read_once_and_only_by_final_runs(
+    ablate: Ablate,  # noqa: F811
+    make_grid: MakeGrid,
+    tmp_path: Path,
+) -> None:
+    path = tuned_grid(make_grid, tmp_path, seeds=[0])
+    path.write_text(path.read_text().replace("    mode: min\n", "    mode: min\n    test_metric: test/loss\n"))
+    for _ in range(2):
+        done = ablate(path)
+        assert done.status == 0, done.output
+    tested = {journal.parent for journal in (tmp_path / "out").rglob("journal.txt")}
+    assert tested == {tmp_path / "out/t" / variant / "seed0" for variant in ("gelu", "la", "moa")}
+    assert all((folder / "journal.txt").read_text().count("tested") == 1 for folder in tested)
+    assert {row["metric"] for row in rows(tmp_path)} == {"test/loss"}
+    finished = tmp_path / "out/t/la/seed0/test.json"
+    finished.unlink()  # killed between training and testing
+    assert ablate(path).status == 0
+    assert finished.is_file()
+    assert Counter(begun(tmp_path))["t/la/seed0 from 0"] == 1, "it was not trained again"
+
+
+def test_a_diverged_run_is_a_result(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:  # noqa: F811
+    variants = {"gelu": {"config": [str(tmp_path / "gelu.yaml")]}, "wild": {"overrides": {"diverge": True}}}
+    path = make_grid(variants=variants, seeds=[0, 1])
+    for _ in range(2):
+        done = ablate(path)
+        assert done.status == 0, done.output
+    assert Counter(begun(tmp_path))["language/wild/seed0 from 0"] == 1, "it is not repeated"
+    table = (tmp_path / "out/table.md").read_text()
+    assert "not finite on 2 of 2 seeds" in table
+
+
+def test_a_grid_killed_ten_times_ends_with_the_same_table(
+    ablate: Ablate,  # noqa: F811
+    make_grid: MakeGrid,
+    tmp_path: Path,
+) -> None:
+    path = tuned_grid(make_grid, tmp_path, seconds=0.4)
+    draw = random.Random(0)
+    for _ in range(10):
+        with subprocess.Popen([sys.executable, fake_moa.__file__, path], stdout=subprocess.DEVNULL) as grid:
+            time.sleep(draw.uniform(0.6, 3.0))
+            grid.send_signal(signal.SIGKILL)
+            assert grid.wait() == -signal.SIGKILL, "it had ended before it was killed"
+    done = ablate(path)
+    assert done.status == 0, done.output
+    assert len(begun(tmp_path)) > 18, "some runs went on"
+    killed = results(tmp_path)
+    (tmp_path / "out").rename(tmp_path / "killed")
+    assert ablate(tuned_grid(make_grid, tmp_path)).status == 0
+    assert results(tmp_path) == killed
