@@ -2,8 +2,9 @@
 
 Lightning draws metrics against steps; this callback counts what a run has consumed and writes train/loss and all val/
 metrics again as `<metric>_vs_samples`, `_vs_tokens` and `_vs_seconds`, with the count as TensorBoard's step. The same
-numbers go to metrics.csv, and to result.json when a fit has come to its end, for `moa report`. A better curve per step
-can lose on the clock, so no comparison should have to do with one axis.
+numbers go to metrics.csv, with the matrix-product FLOPs so far as a further axis, and to result.json when a fit has
+come to its end, for `moa report`. A better curve per step can lose on the clock, so no comparison should have to do
+with one axis.
 
 The counters travel in the checkpoint; a resumed fit first cuts metrics.csv and the event files back to it.
 """
@@ -36,6 +37,7 @@ class Convergence(L.Callback):
     Attributes:
         samples: samples trained on so far, over all processes.
         tokens: the same in tokens; None for a task without tokens.
+        flops: matrix-product FLOPs of forward and backward passes on them, by the task's closed form.
         clock: its `seconds` are seconds of training: waiting for data counts, validation does not.
     """
 
@@ -47,6 +49,7 @@ class Convergence(L.Callback):
     def _reset(self) -> None:
         self.samples = 0
         self.tokens: int | None = None
+        self.flops = 0.0
         self.clock = TrainingClock()
         self._last_validation: dict[str, float] = {}
         self._last_validation_step: int | None = None
@@ -55,13 +58,14 @@ class Convergence(L.Callback):
         return {
             "samples": self.samples,
             "tokens": self.tokens,
+            "flops": self.flops,
             "seconds": self.clock.seconds,
             "last_validation": self._last_validation,
             "last_validation_step": self._last_validation_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.samples, self.tokens = state["samples"], state["tokens"]
+        self.samples, self.tokens, self.flops = state["samples"], state["tokens"], state["flops"]
         self.clock = TrainingClock(float(state["seconds"]))
         self._last_validation = state["last_validation"]
         self._last_validation_step = state["last_validation_step"]
@@ -89,7 +93,9 @@ class Convergence(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         task, replicas = watched(pl_module), data_replicas(trainer)
-        self.samples += task.samples_per_batch(batch) * replicas
+        samples = task.samples_per_batch(batch) * replicas
+        self.samples += samples
+        self.flops += samples * task.flops_per_sample()
         tokens = task.tokens_per_batch(batch)
         if tokens is not None:
             self.tokens = (self.tokens or 0) + tokens * replicas
@@ -123,6 +129,7 @@ class Convergence(L.Callback):
             "steps": trainer.global_step,
             "samples": self.samples,
             "tokens": self.tokens,
+            "flops": self.flops,
             "seconds": round(self.clock.seconds, 3),
             "task": type(pl_module).__name__,
             "seed": None if seed is None else int(seed),
@@ -133,8 +140,8 @@ class Convergence(L.Callback):
         """Write metrics measured now to metrics.csv and on the further axes of TensorBoard."""
         seconds = self.clock.seconds
         if self._table is not None and metrics:
-            counters = {"step": trainer.global_step, "samples": self.samples, "tokens": self.tokens}
-            self._table.append({**counters, "seconds": round(seconds, 3), **metrics})
+            counts = {"samples": self.samples, "tokens": self.tokens, "flops": self.flops}
+            self._table.append({"step": trainer.global_step, **counts, "seconds": round(seconds, 3), **metrics})
         writer = tensorboard_writer(trainer)
         if writer is None:
             return

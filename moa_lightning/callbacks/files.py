@@ -15,7 +15,7 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 
-COUNTERS = ("step", "samples", "tokens", "seconds")
+COUNTERS = ("step", "samples", "tokens", "flops", "seconds")
 
 
 def write_atomically(path: Path, text: str) -> None:

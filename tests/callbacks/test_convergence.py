@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moa_lightning.callbacks import Convergence, Throughput
 
-from .toy import BATCH, TOKENS, ToyTask, events, fit
+from .toy import BATCH, FLOPS, TOKENS, ToyTask, events, fit
 
 
 def points(folder, tag):
@@ -61,10 +61,10 @@ def test_metrics_stand_against_samples_tokens_and_seconds(tmp_path, fake_time):
 def test_metrics_csv_has_a_row_for_each_logging_point(tmp_path, fake_time):
     fit(TimedTask(fake_time), tmp_path / "run", [Convergence()])
     table = rows(tmp_path / "run")
-    assert list(table[0]) == ["step", "samples", "tokens", "seconds", "train/loss", "val/loss"]
+    assert list(table[0]) == ["step", "samples", "tokens", "flops", "seconds", "train/loss", "val/loss"]
     train = [row for row in table if row["train/loss"]]
-    assert [(r["step"], r["samples"], r["tokens"], float(r["seconds"])) for r in train] == [
-        (str(s), str(s * BATCH), str(s * BATCH * TOKENS), s * 2.0) for s in (2, 4, 6, 8, 10)
+    assert [(r["step"], r["samples"], r["tokens"], float(r["flops"]), float(r["seconds"])) for r in train] == [
+        (str(s), str(s * BATCH), str(s * BATCH * TOKENS), s * BATCH * FLOPS, s * 2.0) for s in (2, 4, 6, 8, 10)
     ]
     assert [float(r["train/loss"]) for r in train] == [v for _, v in points(tmp_path / "run", "train/loss")]
     assert [r["step"] for r in table if r["val/loss"]] == ["4", "8"]
@@ -104,6 +104,7 @@ def test_result_holds_the_last_validation_and_the_counts(tmp_path, fake_time, mo
         "steps": 10,
         "samples": 10 * BATCH,
         "tokens": 10 * BATCH * TOKENS,
+        "flops": 10.0 * BATCH * FLOPS,
         "seconds": 20.0,
         "task": "TimedTask",
         "seed": 17,

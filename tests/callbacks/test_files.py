@@ -16,7 +16,7 @@ def rows(path):
 
 
 def row(step, **metrics):
-    return {"step": step, "samples": 4 * step, "tokens": None, "seconds": 0.5 * step, **metrics}
+    return {"step": step, "samples": 4 * step, "tokens": None, "flops": 1e9 * step, "seconds": 0.5 * step, **metrics}
 
 
 def test_a_new_metric_becomes_a_column(tmp_path):
@@ -24,8 +24,24 @@ def test_a_new_metric_becomes_a_column(tmp_path):
     table.append(row(1, loss=0.1 + 0.2))
     table.append(row(2, accuracy=0.5))
     assert rows(tmp_path / "metrics.csv") == [
-        {"step": "1", "samples": "4", "tokens": "", "seconds": "0.5", "loss": "0.30000000000000004", "accuracy": ""},
-        {"step": "2", "samples": "8", "tokens": "", "seconds": "1.0", "loss": "", "accuracy": "0.5"},
+        {
+            "step": "1",
+            "samples": "4",
+            "tokens": "",
+            "flops": "1000000000.0",
+            "seconds": "0.5",
+            "loss": "0.30000000000000004",
+            "accuracy": "",
+        },
+        {
+            "step": "2",
+            "samples": "8",
+            "tokens": "",
+            "flops": "2000000000.0",
+            "seconds": "1.0",
+            "loss": "",
+            "accuracy": "0.5",
+        },
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from moa_lightning.feedforward import FeedForward, FFNConfig
 
 DIM, TOKENS, BATCH = 6, 5, 4
+FLOPS = 1000.0  # of a sample
 
 
 class Block(nn.Module):
@@ -64,7 +65,7 @@ class ToyTask(L.LightningModule):
         return batch["x"].shape[0] * TOKENS if self.tokens else None
 
     def flops_per_sample(self) -> float:
-        return 1000.0
+        return FLOPS
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"input": batch["x"][:1].sigmoid().expand(3, -1, -1)}
