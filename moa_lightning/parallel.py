@@ -1,8 +1,8 @@
 """How a net is spread over devices and compiled.
 
 `fsdp` is FSDP2 (`fully_shard`) through Lightning's ModelParallelStrategy with the data-parallel size set to the world:
-Lightning's own default shards nothing and lets all ranks read the same data. Nets are built with their full initial
-weights, which depend on (seed, name) only, and sharded after that, so any world size starts from the same numbers.
+Lightning's own default shards nothing and lets all ranks read the same data. Nets are built without their matrices,
+sharded, and then given their initial values, which depend on (seed, name) only: see models/init.py.
 """
 
 from functools import partial

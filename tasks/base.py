@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from moa_lightning.errors import UserError
+from moa_lightning.models.init import materialize, without_matrices, without_start
 from moa_lightning.optim import OptimizerConfig, build_optimizer, total_norm
 from moa_lightning.parallel import FSDPStrategy, checkpoint_blocks, compile_blocks
 
@@ -75,14 +77,31 @@ class Task(L.LightningModule):
             raise UserError("float16 is not offered, its range is too small for squared activations: use bf16-mixed")
         if self.seed is None:
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
-        with torch.random.fork_rng(devices=[]):  # what a variant's net draws must not shift the run's random numbers
-            self.net = self.build(self.seed)
+        self.net = self._build(self.seed)
         if self.activation_checkpointing:
             checkpoint_blocks(self.net)
         if self.compile_net:
             compile_blocks(self.net)
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.shard(self.net, self.forward_methods)
+        materialize(self.net)
+
+    def _build(self, seed: int) -> nn.Module:
+        """The net without the matrices whose values follow from (seed, name), or whole where not all of them do.
+
+        Always on the CPU, where the initial values are drawn; what it draws must not shift the run's random numbers.
+        """
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            try:
+                with without_matrices():
+                    net = self.build(seed)
+                loaded = without_start(net)
+            except UserWarning:
+                loaded = ["loaded weights"]
+            if not loaded:
+                return net
+            rank_zero_info(f"the net is built whole in every process: {loaded[0]} ... do not follow from seed and name")
+            return self.build(seed)
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.net, self.optimizer_config, self.total_steps)

@@ -37,16 +37,15 @@ class DINOHead(nn.Module):
 
     def matrix_weights(self) -> int:
         """Weights of its matrix products."""
-        layers = [m for m in self.modules() if isinstance(m, nn.Linear | CosineLinear)]
+        layers = [m for m in self.modules() if isinstance(m, nn.Linear)]
         return sum(layer.weight.numel() for layer in layers)
 
 
-class CosineLinear(nn.Module):
+class CosineLinear(nn.Linear):
     """x @ (g · w/|w|)ᵀ with one direction w and one norm g a row; g is 1 unless learned. (n, in) -> (n, out)."""
 
     def __init__(self, in_dim: int, out_dim: int, learned_norm: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(out_dim, in_dim) - 0.5)
+        super().__init__(in_dim, out_dim, bias=False)
         self.norm = nn.Parameter(torch.ones(out_dim, 1)) if learned_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +118,7 @@ class SelfDistillation(nn.Module):
         self.student = build(drop_path_rate)
         initialize(self.student, seed, dino_rule)
         self.teacher = build(0.0)
-        self.teacher.load_state_dict(self.student.state_dict())
+        initialize(self.teacher, seed, dino_rule)  # the same names: the same values
         self.teacher.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "SelfDistillation":
@@ -165,10 +164,11 @@ class SelfDistillation(nn.Module):
 
 
 def dino_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """vision_rule, and prototype directions drawn like torch's linear layer."""
-    if isinstance(module, CosineLinear):
-        if name.endswith("weight"):
-            bound = parameter.shape[1] ** -0.5
-            parameter.uniform_(-bound, bound, generator=generator)
+    """vision_rule, and prototype directions drawn like torch's linear layer, their norms 1."""
+    if isinstance(module, CosineLinear) and name.endswith("weight"):
+        bound = parameter.shape[1] ** -0.5
+        parameter.uniform_(-bound, bound, generator=generator)
+    elif isinstance(module, CosineLinear):
+        parameter.fill_(1.0)
     else:
         vision_rule(module, name, parameter, generator)
