@@ -103,12 +103,23 @@ def _expand(pattern: str) -> list[Path]:
     elif path.is_file():
         files = [path]
     else:
-        files = [Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)]
+        files = [found for found in _matches(path) if found.is_file()]
         if not files:
             raise UserError(f"text source {pattern!r} does not exist and matches no file")
     if not files:
         raise UserError(f"text folder {pattern!r} holds no files")
     return files
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a glob names, hidden files and folders aside unless it names them; `**` goes through no links, which might
+    lead round in circles."""
+    if "**" not in pattern.parts:
+        return [Path(name) for name in glob.glob(str(pattern))]
+    parts = pattern.parts[bool(pattern.anchor) :]
+    all_below = ("*",) if parts[-1] == "**" else ()
+    found = Path(pattern.anchor).glob(str(Path(*parts, *all_below)))
+    return [path for path in found if not any(part.startswith(".") and part not in parts for part in path.parts)]
 
 
 def _hidden(path: Path) -> bool:

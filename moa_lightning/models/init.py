@@ -116,39 +116,55 @@ def materialize(net: nn.Module) -> None:
             if parameter is not None and parameter.is_meta:
                 draws[parameter] = draw
                 places.setdefault(parameter, []).append((module, leaf))
+    sharded = [p.numel() * p.element_size() for p in draws if isinstance(p, DTensor)]
+    room = torch.empty(max(sharded, default=0), dtype=torch.uint8, device="cpu")  # one for all: new ones leave gaps
     for parameter, draw in draws.items():
-        value = nn.Parameter(_value(parameter, draw), parameter.requires_grad)
+        value = _part(parameter, draw, room) if isinstance(parameter, DTensor) else _whole(parameter, draw)
+        filled = nn.Parameter(value, parameter.requires_grad)
         for module, leaf in places[parameter]:
-            setattr(module, leaf, value)
+            setattr(module, leaf, filled)
 
 
-def _value(parameter: nn.Parameter, draw: Callable[[Tensor], None]) -> Tensor:
-    """The value of a parameter on the meta device, sharded as it is."""
-    full = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-    full.view(-1)[:1] = torch.nan
-    draw(full)
-    if full.view(-1)[0].isnan():
-        raise TypeError(f"{draw} leaves a parameter of shape {tuple(full.shape)} without a value")
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return full
+def _part(parameter: DTensor, draw: Callable[[Tensor], None], room: Tensor) -> DTensor:
+    """This process's part of a parameter that is drawn in full in `room`, uint8 (bytes,)."""
+    full = room[: parameter.numel() * parameter.element_size()].view(parameter.dtype).view(parameter.shape)
+    _fill(full, draw)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    part = distribute_tensor(full, mesh, placements, src_data_rank=None).to_local()
+    if part.untyped_storage().data_ptr() == room.untyped_storage().data_ptr():  # some versions of torch cut views
+        part = part.clone()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+
+
+def _whole(parameter: Tensor, draw: Callable[[Tensor], None]) -> Tensor:
+    value = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+    _fill(value, draw)
+    return value
+
+
+def _fill(value: Tensor, draw: Callable[[Tensor], None]) -> None:
+    value.view(-1)[:1] = torch.nan
+    draw(value)
+    if value.view(-1)[0].isnan():
+        raise TypeError(f"{draw} leaves a parameter of shape {tuple(value.shape)} without a value")
 
 
 def vision_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """Truncated normal of standard deviation 0.02 for matrices and tokens, as timm and DINO have it; zero biases.
+    """Normal of standard deviation 0.02 for matrices and tokens; zero biases.
 
-    The patch projection is drawn like torch's convolution (uniform, bound 1/sqrt(fan-in)).
+    timm and DINO truncate it at ±2, a hundred standard deviations away, which changes no number. The patch
+    projection is drawn like torch's convolution (uniform, bound 1/sqrt(fan-in)).
     """
     if isinstance(module, nn.Linear):
         if name.endswith("weight"):
-            nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+            parameter.normal_(std=0.02, generator=generator)
         else:
             parameter.zero_()
     elif isinstance(module, nn.Conv2d):
         bound = math.prod(module.weight.shape[1:]) ** -0.5
         parameter.uniform_(-bound, bound, generator=generator)
     elif name.endswith(("_token", "pos_embed")):
-        nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
+        parameter.normal_(std=0.02, generator=generator)
 
 
 def mae_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:

@@ -17,6 +17,9 @@ from ..feedforward import FFNConfig
 from ..injection import inject
 from ..mixing import MixCoefficients
 
+# options of timm that download weights, or unpickle a file, which runs the code in it
+WEIGHTS_FROM = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+
 
 def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: int, **options: Any) -> Any:
     """A timm vision transformer without a classifier, its feed-forward layers replaced as `ffn` says.
@@ -27,10 +30,16 @@ def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: i
         options: passed to timm.create_model (embed_dim, depth, num_heads, patch_size, drop_path_rate, ...).
 
     Raises:
-        UserError: unknown name, an option that the model does not take, nothing to swap, a hidden_ratio of our own.
+        UserError: unknown name, an option that the model does not take or that reads weights from somewhere, nothing
+            to swap, a hidden_ratio of our own.
     """
     if ffn.hidden_ratio != FFNConfig().hidden_ratio:
         raise UserError("the hidden width of a timm net is its own: set backbone_args.mlp_ratio, not ffn.hidden_ratio")
+    if ":" in name:
+        raise UserError(f"backbone '{name}' lies elsewhere, and nothing is fetched: give a timm model by its name")
+    for option in WEIGHTS_FROM:
+        if options.pop(option, None):
+            raise UserError(f"backbone_args.{option} reads weights of unknown origin, which is not done: take it out")
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise UserError(f"unknown timm model '{name}'" + (f"; similar names: {similar}" if similar else ""))

@@ -1,10 +1,13 @@
 """A config of a stranger: nothing outside of the project's packages is imported, no file makes the parser explode."""
 
+import socket
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import tasks
 from moa_lightning.configs import MOST_BYTES, load_config
 from moa_lightning.errors import UserError
 from tests.cli.conftest import MAE, Moa
@@ -87,6 +90,30 @@ def test_options_import_nothing_from_outside_either(moa: Moa, options: str) -> N
     outcome = moa(f"{FIT} {options}")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome
     assert "evil" in outcome.err or "os.system" in outcome.err
+
+
+ELSEWHERE = {
+    "backbone: 'hf-hub:stranger/vit'": "backbone 'hf-hub:stranger/vit' lies elsewhere, and nothing is fetched",
+    "backbone: 'hf_hub:stranger/vit'": "backbone 'hf_hub:stranger/vit' lies elsewhere",
+    "backbone: 'local-dir:evil'": "backbone 'local-dir:evil' lies elsewhere",
+    "backbone_args: {pretrained: true}": "backbone_args.pretrained reads weights of unknown origin",
+    "backbone_args: {pretrained_cfg: {url: 'http://127.0.0.1:9/x'}}": "backbone_args.pretrained_cfg reads weights",
+    "backbone_args: {checkpoint_path: evil.pth}": "backbone_args.checkpoint_path reads weights of unknown origin",
+}
+
+
+@pytest.mark.parametrize("task", ["MAE", "DINO"])
+@pytest.mark.parametrize("arguments", ELSEWHERE)
+def test_no_backbone_is_fetched_or_unpickled(monkeypatch: pytest.MonkeyPatch, task: str, arguments: str) -> None:
+    def reached(*_: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", reached)
+    sizes = {"image_size": 32, "channels": 3, "seed": 0}
+    given = {"backbone": "vit_tiny_patch16_224", **yaml.safe_load(arguments), **sizes}
+    with pytest.raises(UserError) as caught:
+        getattr(tasks, task)(**given).configure_model()
+    assert ELSEWHERE[arguments] in str(caught.value)
 
 
 def test_a_stranger_s_run_folder_imports_nothing(moa: Moa) -> None:

@@ -2,13 +2,14 @@
 
 import hashlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from data import TextFiles
-from data.documents import Document, split_documents, split_names, stdlib_documents
+from data.documents import Document, file_documents, split_documents, split_names, stdlib_documents
 from data.text import EvalWindows, MemoryBytes, TrainWindows
 from moa_lightning.errors import UserError
 
@@ -202,3 +203,16 @@ def test_importing_data_loads_no_optional_package():
     command = f"import sys, data; sys.exit(str({heavy}) if {heavy} else 0)"
     result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("source", ["", "**", "**/*.txt", "*/**/*.txt", "./**/a.txt"])
+def test_links_in_circles_are_not_followed_and_no_file_is_read_twice(tmp_path: Path, source: str) -> None:
+    inner = tmp_path / "inner"
+    (inner / ".hidden").mkdir(parents=True)
+    (inner / "a.txt").write_text("once")
+    (inner / ".hidden" / "a.txt").write_text("not at all")
+    for number in range(12):  # following them up to the system's 40 levels would end never
+        (inner / f"loop{number}").symlink_to(tmp_path)
+        (inner / f"again{number}.txt").symlink_to(inner / "a.txt")
+    assert [document.content for document in file_documents(f"{tmp_path}/{source}")] == [b"once"]
+    assert [d.content for d in file_documents(f"{tmp_path}/inner/.hidden/**/*.txt")] == [b"not at all"]

@@ -42,6 +42,7 @@ ACCUMULATED = [f"{task}-moa" for task in TASKS]
 STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp2"}
 HYBRID = "hsdp"  # two copies, each sharded over half of the processes
 BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
+FIRST = 5
 LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
 CLIP = 0.5
 BACKBONE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -293,3 +294,57 @@ def poisoned(kind: str = "one", folder: Path = Path()) -> dict[str, list[dict[st
         fit(kind, name, folder / name, stop_at=6, callbacks=[Poison(3, 3), states])
         found[name] = states.states
     return found
+
+
+def first_steps(kind: str, folder: Path) -> dict[str, Record]:
+    """FIRST steps of the tasks, "<strategy>/<fit>", and what it took to build a larger net: "start"."""
+    torch.set_num_threads(1)
+    records = {}
+    for strategy in ["one"] if kind == "one" else ["ddp", "fsdp"]:
+        for name in ACCUMULATED:
+            records[f"{strategy}/{name}"] = fit(strategy, name, folder / f"{strategy}-{name}", stop_at=FIRST)
+    if kind != "one":
+        records["start"] = start()
+    return records
+
+
+class Weighed(tasks.LanguageModeling):
+    """Measures what its net takes while it is built and sharded."""
+
+    def configure_model(self) -> None:
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        super().configure_model()
+        taken, parameters = resident("VmHWM") - before, list(self.net.parameters())
+        self.record = Record()
+        self.record.shares = {
+            "taken": taken,
+            "largest": max(p.numel() * p.element_size() for p in parameters),
+            "whole": sum(p.numel() * p.element_size() for p in parameters),
+            "held": sum(p.to_local().numel() * p.element_size() for p in parameters),
+        }
+
+
+def resident(field: str) -> int:
+    """A field of this process's memory, bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
+
+
+def start() -> Record:
+    """The start of a GPT of 57 M parameters under FSDP2, its sizes in bytes among the shares."""
+    gpt = GPTConfig(depth=8, dim=768, num_heads=12)
+    task = Weighed(gpt, FFNConfig("moa"), vocab_size=256, context_length=32, seed=0)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=int(os.environ["WORLD_SIZE"]),
+        strategy=FSDPStrategy(),
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.validate(task, datamodule=make_data("language", BATCH), verbose=False)
+    return task.record
