@@ -147,9 +147,10 @@ def _title(plan: Plan) -> str:
     settings, device, measured = plan.settings, plan.device, plan.measurement
     peak = device.peak(settings.precision) / 1e12
     amount = f"{plan.samples:,} samples" if plan.tokens is None else f"{plan.tokens:,} tokens"
+    copies = f" in {settings.replicas} copies" if settings.replicas > 1 else ""
     held = f", {measured.held:,} not trained" if measured.held else ""
     return (
-        f"{device.name} ({gigabytes(device.memory)}, {peak:,.4g} TFLOP/s), strategy {settings.strategy}, "
+        f"{device.name} ({gigabytes(device.memory)}, {peak:,.4g} TFLOP/s), strategy {settings.strategy}{copies}, "
         f"{settings.precision}\n"
         f"{measured.trained:,} trained parameters, {measured.mixes:,} in mixes, {measured.embeddings:,} in embeddings"
         f"{held}\n"
@@ -172,6 +173,7 @@ def as_json(plans: list[Plan], sentence: str) -> dict[str, Any]:
     return {
         "device": asdict(first.device),
         "strategy": settings.strategy,
+        "replicas": settings.replicas,
         "precision": settings.precision,
         "mfu": first.efficiency,
         "parameters": {name: getattr(first.measurement, name) for name in names},

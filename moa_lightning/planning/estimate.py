@@ -123,6 +123,8 @@ class Planner:
             UserError: the batch does not divide among them, or the strategy is one device's.
         """
         batch_size = self.settings.data.batch_size // factor
+        if devices % self.settings.replicas:
+            raise UserError(f"replicas is {self.settings.replicas}, which does not divide the {devices} devices")
         if devices < 1 or batch_size % devices:
             raise UserError(
                 f"data.batch_size is {batch_size}, the number of samples over all devices, and does not divide among "
@@ -144,6 +146,8 @@ class Planner:
             accumulate,
             self.device.gpu,
             settings.clip,
+            replicas=settings.replicas,
+            low_precision_parameters=settings.low_precision_parameters,
         )
 
     def smaller_batches(self, plan: Plan) -> Plan | None:
@@ -170,9 +174,9 @@ class Planner:
         return best
 
     def numbers(self) -> Iterator[Plan]:
-        """The run on 1, 2, 4, ... devices, each with micro-batches that fit or else as configured, until it fits as
+        """The run on 1, 2, 4, ... devices a copy of the net, each with micro-batches that fit or else as configured, until it fits as
         configured, until the batch does not divide further, or until more devices cannot help."""
-        devices = 1
+        devices = self.settings.replicas
         while devices <= MOST_DEVICES and self.settings.data.batch_size % devices == 0:
             plan = self.plan(devices)
             yield self.smaller_batches(plan) or plan

@@ -192,6 +192,7 @@ def measure(
     accumulate: int = 1,
     gpu: bool = False,
     clip: dict[str, Any] | None = None,
+    **sharding: Any,
 ) -> Measurement:
     """Measure one optimiser step of a task.
 
@@ -205,8 +206,9 @@ def measure(
             find gradients of earlier ones.
         gpu: with the norms of a GPU.
         clip: the Trainer's options of gradient clipping.
+        sharding: arguments of FSDPStrategy.
     """
-    tracker = Tracker(devices)
+    tracker = Tracker()
     observer = _Observer(tracker)
     norms = GPUNorms() if gpu else nullcontext()
     task = new_task()
@@ -214,7 +216,7 @@ def measure(
         _without_values(task)
         if accumulate > 1:
             task.optimizer_zero_grad = lambda *args: None
-        trainer = _trainer(strategy, devices, precision, observer, clip or {})
+        trainer = _trainer(strategy, devices, precision, observer, clip or {}, sharding)
         trainer.fit(task, datamodule=_NoData(datamodule, batch))
         return _measurement(task, trainer, observer)
 
@@ -258,10 +260,12 @@ def _embeddings(net: nn.Module) -> Iterator[Tensor]:
                 yield parameter
 
 
-def _trainer(strategy: str, devices: int, precision: Any, observer: L.Callback, clip: dict[str, Any]) -> L.Trainer:
+def _trainer(
+    strategy: str, devices: int, precision: Any, observer: L.Callback, clip: dict[str, Any], sharding: dict[str, Any]
+) -> L.Trainer:
     spread: str | Strategy = "auto"
     if strategy != "auto":
-        spread = _Shards() if strategy == "fsdp2" else _Copies()
+        spread = _Shards(**sharding) if strategy == "fsdp2" else _Copies()
     return L.Trainer(
         accelerator="cpu",
         devices=devices,

@@ -25,6 +25,7 @@ from ..configs import Fragment
 from ..errors import UserError
 from ..lightning_cli import DEFAULT_CLASSES, MoaCLI, check_kind, option_roots
 from ..options import Option, Tree, find_class, import_path
+from ..parallel import FSDPStrategy
 from ..trainer_options import check_length
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
@@ -64,6 +65,10 @@ class Settings:
     view_sizes: tuple[int, ...]
     """side of each view of an image, pixels"""
     strategy: str
+    replicas: int
+    """copies of the net, each sharded over its part of the devices (fsdp2)"""
+    low_precision_parameters: bool
+    """of FSDPStrategy"""
     precision: str
     accumulate: int
     clip: dict[str, Any]
@@ -128,20 +133,36 @@ def read_settings(config: dict[str, Any], options: list[Option], fragments: list
         fit = _ParsedFit(["fit", "--config", str(merged), *map(str, options)], [])
     trainer = fit.config["fit"]["trainer"]
     check_length(trainer)
-    for name, choices in (("strategy", STRATEGIES), ("precision", PRECISIONS)):
-        if (trainer[name] or "32-true") not in choices:
-            raise UserError(f"trainer.{name} is {trainer[name]}; moa plan knows {', '.join(choices)}")
+    strategy, sharding = _strategy(trainer["strategy"])
+    for name, value, choices in (
+        ("strategy", strategy, STRATEGIES),
+        ("precision", trainer["precision"] or "32-true", PRECISIONS),
+    ):
+        if value not in choices:
+            raise UserError(f"trainer.{name} is {value}; moa plan knows {', '.join(choices)}")
+    replicas = sharding.get("replicas", 1)
     return Settings(
         new_task=fit.new_task,
         data=fit.datamodule,
         view_sizes=view_sizes(fit.datamodule),
-        strategy=trainer["strategy"],
+        strategy=strategy,
+        replicas=trainer["num_nodes"] if replicas == "nodes" else replicas,
+        low_precision_parameters=sharding.get("low_precision_parameters", False),
         precision=str(trainer["precision"] or "32-true"),
         accumulate=trainer["accumulate_grad_batches"],
         clip={name: trainer[name] for name in ("gradient_clip_val", "gradient_clip_algorithm")},
         max_steps=trainer["max_steps"] if trainer["max_steps"] > 0 else None,
         max_epochs=trainer["max_epochs"],
     )
+
+
+def _strategy(given: Any) -> tuple[str, dict[str, Any]]:
+    """The name of a Trainer's strategy and the arguments of FSDPStrategy."""
+    if isinstance(given, str):
+        return given, {}
+    if given["class_path"] == import_path(FSDPStrategy):
+        return "fsdp2", dict(given["init_args"])
+    return given["class_path"], {}
 
 
 def _data_left_open(config: dict[str, Any], options: list[Option]) -> Any:

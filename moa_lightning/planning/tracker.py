@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -63,9 +64,8 @@ class Tracker(TorchDispatchMode):
         sent: bytes that this process sends, by collective.
     """
 
-    def __init__(self, world_size: int = 1) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.world_size = world_size
         self.current = self.peak = 0
         self.sent: Counter[str] = Counter()
         self._sizes: dict[int, int] = {}
@@ -93,7 +93,7 @@ class Tracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if _fake_place() == self._place:
             if func.namespace in ("c10d", "_c10d_functional"):
-                self._count(func.name(), args)
+                self._count(func, args)
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     self.add(leaf)
@@ -117,12 +117,22 @@ class Tracker(TorchDispatchMode):
     def _free(self, key: int) -> None:
         self.current -= self._sizes.pop(key, 0)
 
-    def _count(self, name: str, args: Any) -> None:
+    def _count(self, func: Any, args: Any) -> None:
+        name = func.name()
         for part, (kind, ways) in COLLECTIVES.items():
             if part in name:
                 whole = max(_bytes(arg) for arg in args)  # of input and output the larger one
-                self.sent[kind] += ways * whole * (self.world_size - 1) // self.world_size
+                size = _group_size(func, args)
+                self.sent[kind] += ways * whole * (size - 1) // size
                 return
+
+
+def _group_size(func: Any, args: Any) -> int:
+    """Processes that take part in a collective."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    if "group_name" in given:
+        return dist.distributed_c10d._resolve_process_group(given["group_name"]).size()
+    return dist.ProcessGroup.unbox(given["process_group"]).size()
 
 
 def _bytes(value: Any) -> int:

@@ -72,6 +72,7 @@ def main(folder: Path) -> None:
     for task in TASKS:
         results[f"fsdp2 {task}"] = seen(task, FSDPStrategy())
         results[f"ddp {task}"] = seen(task, "ddp")
+    results["copies language"] = seen("language", FSDPStrategy(replicas=2))
     if dist.get_rank() == 0:
         (folder / "seen.json").write_text(json.dumps(results))
     dist.barrier()

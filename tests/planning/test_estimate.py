@@ -17,10 +17,10 @@ from moa_lightning.planning.settings import Settings
 STATE, SAMPLE, STEPS = 24e9, 4e9, 1000
 
 
-def settings(strategy="fsdp2", batch_size=64, accumulate=2, **changes):
+def settings(strategy="fsdp2", replicas=1, batch_size=64, accumulate=2, **changes):
     module = data.TextFiles("-", context_length=128, batch_size=batch_size)
     values = {"max_steps": STEPS, "max_epochs": None, **changes}
-    return Settings(lambda: None, module, (), strategy, "bf16-mixed", accumulate, {}, **values)
+    return Settings(lambda: None, module, (), strategy, replicas, False, "bf16-mixed", accumulate, {}, **values)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def executed(monkeypatch):
     """A net of 24 GB of weights, gradients and moments, which takes 4 GB a sample; and what was executed of it."""
     calls = []
 
-    def measure(new_task, batch, datamodule, strategy, devices, precision, accumulate, gpu, clip):
+    def measure(new_task, batch, datamodule, strategy, devices, precision, accumulate, gpu, clip, **_):
         samples = len(batch()["id"])
         calls.append((devices, samples, accumulate))
         state = STATE / devices if strategy == "fsdp2" else STATE
@@ -52,6 +52,13 @@ def executed(monkeypatch):
 
 def planner(device="h100", **options):
     return Planner(settings(**options), DEVICES[device], STEPS)
+
+
+def test_numbers_of_devices_are_multiples_of_the_copies(executed):
+    plans = list(planner(replicas=4, batch_size=16).numbers())
+    assert [plan.devices for plan in plans] == [4, 8]
+    with pytest.raises(UserError, match="replicas is 4, which does not divide the 6 devices"):
+        planner(replicas=4).plan(6)
 
 
 def test_time_and_cost_follow_from_flops(executed):

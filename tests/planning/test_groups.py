@@ -32,6 +32,13 @@ def test_a_process_holds_what_was_planned(group, strategy, task):
     assert plan.peak == pytest.approx(real["peak"], rel=0.02)
 
 
+def test_a_process_with_a_copy_of_its_own_holds_what_was_planned(group):
+    plan, real = planned("language", "fsdp2", 2, replicas=2), group["copies language"]
+    assert (plan.weights, plan.gradients, plan.optimizer) == (real["weights"], real["gradients"], real["optimizer"])
+    assert plan.weights > 1.9 * planned("language", "fsdp2", 2).weights
+    assert plan.peak == pytest.approx(real["peak"], rel=0.02)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_shards_of_two_are_halves(task):
     one, two = planned(task, "auto", 1), planned(task, "fsdp2", 2)
@@ -60,6 +67,28 @@ def test_what_is_sent(devices):
     # gathered for the forward and again for the backward pass, in rows that divide among the devices
     assert sent["all-gather"] == pytest.approx(2 * share * gradients, rel=0.03)
     assert sent["reduce-scatter"] == pytest.approx(share * gradients, rel=0.03)
+
+
+@pytest.mark.parametrize(("devices", "replicas"), [(4, 2), (8, 2), (8, 4)])
+def test_parameters_travel_inside_a_copy_and_gradients_between_copies_too(devices, replicas):
+    shards = devices // replicas
+    plan = planned("language", "fsdp2", devices, replicas=replicas)
+    gradients, inside, between = 4 * plan.trained, (shards - 1) / shards, (replicas - 1) / replicas
+    assert plan.micro_batch_sent == {
+        "all-gather": pytest.approx(2 * inside * gradients, rel=0.03),
+        "reduce-scatter": pytest.approx(inside * gradients, rel=0.03),
+        "all-reduce": pytest.approx(2 * between * gradients / shards, rel=0.03),
+    }
+    assert plan.state == pytest.approx(planned("language", "fsdp2", shards).state, rel=0.01)
+
+
+def test_blocks_gathered_in_low_precision_send_half():
+    whole, half = (
+        planned("language", "fsdp2", 4, precision="bf16-mixed", low_precision_parameters=low) for low in (False, True)
+    )
+    blocks = 1 - 2 * 256 * 32 / whole.trained  # all but the embedding and the head
+    expected = (1 - blocks / 2) * whole.micro_batch_sent["all-gather"]
+    assert half.micro_batch_sent["all-gather"] == pytest.approx(expected, rel=0.05)
 
 
 def test_dino_averages_its_centre_over_the_devices():
