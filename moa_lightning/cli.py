@@ -84,7 +84,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
             return 0
         return _run_lightning(command, rest)
     own: dict[str, Callable[[list[str]], int | None]]
-    own = {"ablate": _ablate, "data": _data, "export": _export, "plan": _plan}
+    own = {"ablate": _ablate, "bench": _bench, "data": _data, "export": _export, "plan": _plan}
     if command not in own:
         raise UserError(f"unknown command '{command}'; choose from {', '.join([*LIGHTNING_COMMANDS, *own])}")
     return own[command](rest) or 0
@@ -94,6 +94,12 @@ def _ablate(argv: list[str]) -> int:
     from .experiments.command import ablate_command
 
     return ablate_command(argv)
+
+
+def _bench(argv: list[str]) -> None:
+    from .benchmarking.command import bench_command
+
+    bench_command(argv)
 
 
 def _export(argv: list[str]) -> None:

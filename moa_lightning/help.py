@@ -10,6 +10,7 @@ USAGE = """usage: moa COMMAND ...
   test       on the test split, once the settings are chosen
   predict    features of images, losses of texts
   ablate     a grid of runs with a table and plots: moa ablate configs/grids/quickstart.yaml
+  bench      what the layers cost on this machine: moa bench op step --out results
   plan       what a run needs, before it has it: moa plan -c configs/language/gpt_124m.yaml --device h100
   data       write WebDataset shards:  moa data images --source fashion_mnist --out shards
   export     the weights as one file:  moa export --ckpt_path RUN/checkpoints/last.ckpt --out mae.safetensors
@@ -92,6 +93,25 @@ sizes that come from data, where no data module says them
   --model.vocab_size N            --data.context_length N   --data.image_size N   --data.channels N
 
 Compilation is left out: it lowers the memory of activations, and by how much depends on the compiler.
+"""
+
+
+BENCH = """usage: moa bench [op] [layer] [step] [decode] [data] [--option value ...]
+
+What swapping the activation costs on this machine, as Markdown tables:  moa bench op step --out results
+Without names: all of these, in less than ten minutes on two CPU cores.
+
+  op                              the mix by each kernel, forward and backward, against one GELU; gated mixes against
+                                  torch's SwiGLU (and liger_kernel's on a GPU, where that is installed)
+  layer                           the feed-forward layer, eager and compiled
+  step                            a training step of a GPT and of a ViT-MAE: time, MFU, peak memory. On a GPU the GPT
+                                  has 124 M parameters and a context of 1,024 tokens
+  decode                          one token at batch 1
+  data                            image and text shards against the bare limit
+
+  --out DIR                       write <device>-<names>.json and .md there
+  --device NAME                   cpu or cuda (default: a GPU where there is one)
+  --quick                         tiny sizes, few rounds: to see that it works, not to judge by
 """
 
 

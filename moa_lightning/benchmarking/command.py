@@ -1,0 +1,74 @@
+"""The command `moa bench`: what is measured, on which device, and where the results go."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from ..errors import UserError
+from ..help import BENCH
+from .decode import decode
+from .layers import layer, op
+from .loading import data
+from .machine import ON_CPU, ON_GPU, QUICK, Machine, Setting, fast_dtypes, find_device, measure_machine
+from .report import markdown, write
+from .steps import step
+from .timing import Effort, Row, keep_freed_memory
+
+PARTS: dict[str, Callable[[Setting, Machine], list[Row]]] = {
+    "op": op,
+    "layer": layer,
+    "step": step,
+    "decode": decode,
+    "data": data,
+}
+FULL, SHORT = Effort(rounds=31, seconds=20.0), Effort(rounds=3, seconds=0.5, warm_up=1)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"moa bench: {message}; moa bench --help lists the options")
+
+
+def bench_command(argv: list[str]) -> None:
+    """Measure, print Markdown, and write both files where --out is given.
+
+    Raises:
+        UserError: unknown parts, options or devices, a folder that cannot be written.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(BENCH, end="")
+        return
+    given = _parser().parse_args(argv)
+    unknown = [part for part in given.what if part not in PARTS]
+    if unknown:
+        raise UserError(f"moa bench: '{unknown[0]}' is unknown; choose from {', '.join(PARTS)}")
+    parts = [part for part in PARTS if part in given.what or not given.what]
+    keeps_memory = keep_freed_memory()
+    setting = choose(given.device, given.quick)
+    machine = measure_machine(setting)
+    measured = [row for part in parts for row in PARTS[part](setting, machine)]
+    about = machine.about(setting, keeps_memory)
+    print(markdown(about, measured))
+    if given.out is not None:
+        try:
+            files = write(Path(given.out), parts, about, measured)
+        except OSError as error:
+            raise UserError(f"--out '{given.out}' cannot be written: {error.strerror}") from error
+        print(f"written: {files[0]}, {files[1]}")
+
+
+def choose(device_name: str | None, quick: bool) -> Setting:
+    """Device, sizes, length and dtypes of the measurements."""
+    device = find_device(device_name)
+    sizes = QUICK if quick else ON_GPU if device.type == "cuda" else ON_CPU
+    return Setting(device, sizes, SHORT if quick else FULL, fast_dtypes(device))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="moa bench", add_help=False, allow_abbrev=False)
+    parser.add_argument("what", nargs="*")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out")
+    parser.add_argument("--device")
+    return parser
