@@ -126,7 +126,7 @@ class DINO(SelfSupervised):
         student, teacher = self.net(batch["views"])
         loss, entropy = self.loss(student, teacher, self.teacher_temperature())
         self.loss.update_center(teacher)
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("train/loss", loss.detach(), sync_dist=True)
         self.log("train/teacher_entropy", entropy / math.log(self.hparams["out_dim"]), sync_dist=True)
         return loss
 

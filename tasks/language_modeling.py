@@ -66,7 +66,7 @@ class LanguageModeling(Task):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         loss = self._nll(batch).sum() / (batch["targets"] >= 0).sum()
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
     def _nll(self, batch: dict[str, Any]) -> Tensor:

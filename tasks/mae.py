@@ -105,7 +105,7 @@ class MAE(SelfSupervised):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         loss, _, _ = self.reconstruct(batch["views"][0], batch["seed"])
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
     def evaluate_query(self, batch: dict[str, Any], split: str) -> None:

@@ -15,6 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ..experiments.progress import duration
 from .common import TrainingClock
 
+# Shown besides what is logged with prog_bar: Lightning reads those values from the device after every batch, and so has
+# the host wait for each step, whether they are shown or not.
+SHOWN = ("train/loss",)
 REFRESH_SECONDS = 0.25  # reading a metric waits for the device, so not at every step
 PERCENT_A_LINE = {"step": 5, "batch": 25}
 
@@ -140,5 +143,7 @@ class StepProgress(ProgressBar):
             if total:
                 parts.append(f"{duration((total - done) * seconds / steps)} left")
         if trainer.state.fn == TrainerFn.FITTING:
-            parts += [f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()]
+            values = {name: value for name, value in trainer.callback_metrics.items() if name in SHOWN}
+            values |= trainer.progress_bar_metrics
+            parts += [f"{name} {float(value):.4g}" for name, value in values.items()]
         return "  ".join(parts)

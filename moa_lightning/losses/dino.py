@@ -63,7 +63,7 @@ class DINOLoss(nn.Module):
         skipped.
         """
         total = teacher.to(self.center.dtype).sum(0, keepdim=True)
-        count = torch.tensor(float(len(teacher)), device=total.device, dtype=total.dtype)
+        count = total.new_full((), len(teacher))  # torch.tensor would have the host wait for a copy to the device
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
             dist.all_reduce(count)

@@ -16,7 +16,8 @@ def trainer_at(step: int, total: int) -> Any:
         global_step=step,
         estimated_stepping_batches=total,
         state=SimpleNamespace(fn=TrainerFn.FITTING),
-        progress_bar_metrics={"train/loss": torch.tensor(0.123456)},
+        callback_metrics={"train/loss": torch.tensor(0.123456), "train/grad_norm": torch.tensor(1.0)},
+        progress_bar_metrics={},
     )
 
 
