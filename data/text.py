@@ -123,6 +123,7 @@ class TextModule(DataModule):
     Args:
         context_length: tokens in a sample.
         max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
+        max_test_samples: the same for testing.
         encoding: "bytes" takes documents as they are, "utf-8" takes one that is not for a bad sample.
     """
 
@@ -133,6 +134,7 @@ class TextModule(DataModule):
         context_length: int,
         batch_size: int,
         max_val_samples: int | None,
+        max_test_samples: int | None,
         num_workers: int,
         seed: int | None,
         shuffle_block: int = 0,
@@ -143,10 +145,12 @@ class TextModule(DataModule):
         if encoding not in get_args(Encoding):
             raise UserError(f"encoding is {encoding!r}; choose from {', '.join(get_args(Encoding))}")
         self.encoding = encoding
-        if context_length < 1 or (max_val_samples is not None and max_val_samples < 1):
-            raise UserError(f"context_length {context_length} and max_val_samples {max_val_samples} must be at least 1")
+        limits = {"max_val_samples": max_val_samples, "max_test_samples": max_test_samples}
+        for name, value in {"context_length": context_length, **limits}.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value} but must be at least 1")
         self.context_length = context_length
-        self.max_val_samples = max_val_samples
+        self.max_val_samples, self.max_test_samples = max_val_samples, max_test_samples
 
     @property
     def token_bytes(self) -> Tensor:
@@ -164,7 +168,7 @@ class TextModule(DataModule):
     def windows(self, sources: dict[str, ByteSource]) -> dict[str, Samples]:
         """The splits over their byte strings; val and test are left out where they have no byte to predict."""
         splits: dict[str, Samples] = {"train": TrainWindows(sources["train"], self.context_length, self.seed)}
-        for split, limit in (("val", self.max_val_samples), ("test", None)):
+        for split, limit in (("val", self.max_val_samples), ("test", self.max_test_samples)):
             if split in sources and len(sources[split]) > 1:
                 splits[split] = EvalWindows(sources[split], self.context_length, EVAL_SEED, limit)
         return splits
@@ -181,6 +185,7 @@ class TextFiles(TextModule):
         val_fraction: share of the files (or of the bytes, when split by position) for validation.
         test_fraction: the same for testing.
         max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
+        max_test_samples: the same for testing.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
         seed: of order and window offsets; None: the run's (--seed_everything).
         encoding: "bytes" takes files as they are, "utf-8" takes one that is not for a bad one.
@@ -198,6 +203,7 @@ class TextFiles(TextModule):
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
         max_val_samples: int | None = None,
+        max_test_samples: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
         encoding: Encoding = "bytes",
@@ -207,6 +213,7 @@ class TextFiles(TextModule):
             context_length,
             batch_size,
             max_val_samples,
+            max_test_samples,
             num_workers,
             seed,
             on_bad_sample=on_bad_sample,

@@ -57,6 +57,7 @@ class TextShards(TextModule):
         context_length: tokens (bytes) in a sample.
         batch_size: samples in a micro-step over all devices together.
         max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
+        max_test_samples: the same for testing.
         shuffle_block: neighbouring windows that stay together while 16 such blocks are mixed; 0 shuffles freely.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
         seed: of order and window offsets; None: the run's (--seed_everything).
@@ -76,6 +77,7 @@ class TextShards(TextModule):
         context_length: int = 256,
         batch_size: int = 32,
         max_val_samples: int | None = None,
+        max_test_samples: int | None = None,
         shuffle_block: int = 256,
         num_workers: int = 0,
         seed: int | None = None,
@@ -83,7 +85,15 @@ class TextShards(TextModule):
         on_bad_sample: OnBadSample = "raise",
     ) -> None:
         super().__init__(
-            context_length, batch_size, max_val_samples, num_workers, seed, shuffle_block, on_bad_sample, encoding
+            context_length,
+            batch_size,
+            max_val_samples,
+            max_test_samples,
+            num_workers,
+            seed,
+            shuffle_block,
+            on_bad_sample,
+            encoding,
         )
         self.patterns = {name: value for name, value in (("train", train), ("val", val), ("test", test)) if value}
         self._described: dict[str, str | int] = {}

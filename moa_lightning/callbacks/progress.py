@@ -143,7 +143,7 @@ class StepProgress(ProgressBar):
             if total:
                 parts.append(f"{duration((total - done) * seconds / steps)} left")
         if trainer.state.fn == TrainerFn.FITTING:
-            values = {name: value for name, value in trainer.callback_metrics.items() if name in SHOWN}
+            values: dict[str, Any] = {n: value for n, value in trainer.callback_metrics.items() if n in SHOWN}
             values |= trainer.progress_bar_metrics
             parts += [f"{name} {float(value):.4g}" for name, value in values.items()]
         return "  ".join(parts)

@@ -174,8 +174,8 @@ class Planner:
         return best
 
     def numbers(self) -> Iterator[Plan]:
-        """The run on 1, 2, 4, ... devices a copy of the net, each with micro-batches that fit or else as configured, until it fits as
-        configured, until the batch does not divide further, or until more devices cannot help."""
+        """The run on 1, 2, 4, ... devices a copy of the net, each with micro-batches that fit or else as configured,
+        until it fits as configured, until the batch does not divide further, or until more devices cannot help."""
         devices = self.settings.replicas
         while devices <= MOST_DEVICES and self.settings.data.batch_size % devices == 0:
             plan = self.plan(devices)

@@ -182,7 +182,11 @@ def test_evaluation_takes_the_settings_of_the_run(moa: Moa) -> None:
     outcome = moa("test --ckpt_path moved/checkpoints/last.ckpt --trainer.limit_test_batches 2")
     assert "test/loss" in outcome.out
     after = {path: path.stat().st_mtime_ns for path in Path("moved").rglob("*") if path.is_file()}
-    assert [*after.values()] == [*before.values()]  # evaluation writes nothing into the run
+    reported = json.loads(Path("moved/test.json").read_text())["metrics"]
+    assert "test/loss" in reported
+    assert {path.name for path in after} - {path.name for path in before} == {"test.json"}
+    kept = [changed for path, changed in after.items() if path.name != "test.json"]
+    assert kept == [*before.values()]  # evaluation writes nothing else into the run
 
 
 def test_predictions_are_one_row_a_sample(moa: Moa, words: None) -> None:

@@ -95,6 +95,15 @@ def test_limited_validation_is_evenly_spaced():
     assert first == [TEXT[i] for i in (0, 300, 600, 900)]  # 13 windows: numbers 0, 3, 6, 9
 
 
+def test_validation_and_test_have_limits_of_their_own(tmp_path):
+    (tmp_path / "book.txt").write_bytes(TEXT * 8)
+    module = TextFiles(str(tmp_path / "book.txt"), 10, 4, 0.2, 0.3, max_val_samples=5, max_test_samples=7)
+    module.setup()
+    assert (len(module.splits["val"]), len(module.splits["test"])) == (5, 7)
+    with pytest.raises(UserError, match="max_test_samples is 0"):
+        TextFiles(max_test_samples=0)
+
+
 def test_padding_is_marked_and_not_counted():
     sample = EvalWindows(MemoryBytes(TEXT), 100, seed=0)[(0, ~2)]
     assert sample["id"] == -1
@@ -167,7 +176,7 @@ def test_bytes_that_are_no_utf8_are_text_too(tmp_path):
         ({"source": "SHORT", "batch_size": 64}, "batch_size is 64 but the training data has only"),
         ({"val_fraction": 0.6, "test_fraction": 0.5}, "sum must stay below 1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"context_length": 0}, "context_length 0"),
+        ({"context_length": 0}, "context_length is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
     ],
 )

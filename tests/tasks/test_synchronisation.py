@@ -2,8 +2,9 @@
 
 Shown with torch's profiler on the CPU by the operations that would: reading a number, asking how many elements a mask
 selects, making a tensor of host numbers (on a GPU a copy that is waited for). A number that an operation's CPU code
-reads for itself, such as the scale of _foreach_mul_, is not counted: the GPU's code reads it on the device. The guard alone reads a number a step:
-that of the step before, from a copy that was started long ago (on a GPU), so that the device has its next work already.
+reads for itself, such as the scale of _foreach_mul_, is not counted: the GPU's code reads it on the device. The guard
+alone reads a number a step: that of the step before, from a copy that was started long ago (on a GPU), so that the
+device has its next work already.
 """
 
 from collections import Counter
