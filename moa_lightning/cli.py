@@ -84,7 +84,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
             return 0
         return _run_lightning(command, rest)
     own: dict[str, Callable[[list[str]], int | None]]
-    own = {"ablate": _ablate, "bench": _bench, "data": _data, "export": _export, "plan": _plan}
+    own = {"ablate": _ablate, "bench": _bench, "data": _data, "export": _export, "plan": _plan, "report": _report}
     if command not in own:
         raise UserError(f"unknown command '{command}'; choose from {', '.join([*LIGHTNING_COMMANDS, *own])}")
     return own[command](rest) or 0
@@ -112,6 +112,12 @@ def _data(argv: list[str]) -> None:
     from data.writers import data_command
 
     data_command(argv)
+
+
+def _report(argv: list[str]) -> int:
+    from .reports.command import report_command
+
+    return report_command(argv)
 
 
 def _plan(argv: list[str]) -> int:

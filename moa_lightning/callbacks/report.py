@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .. import environment
 from ..experiments.progress import duration
 from ..feedforward import FeedForward, FFNConfig
 from .common import TrainingClock
@@ -48,6 +49,9 @@ class RunReport(L.Callback):
         }
         if self.run_dir is not None:
             lines["folder"] = str(self.run_dir)
+            start = {**environment.describe(trainer.strategy.root_device), "run": describe_device(trainer)}
+            facts = {"data": data.describe(), "net": describe_net(pl_module)}
+            environment.record(self.run_dir, {**start, **facts}, goes_on=trainer.global_step > 0)
         for name, text in lines.items():
             self._print(f"{name:<8}{text}")
         for note in self.notes:

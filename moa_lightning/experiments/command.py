@@ -136,6 +136,8 @@ def _report(schedule: Schedule, console: Console) -> None:
     # matplotlib and scipy take a second to import, which --help and mistakes need not wait for
     from moa_lightning.experiments.plots import draw_convergence
     from moa_lightning.experiments.table import make_rows, print_table, write_tables
+    from moa_lightning.reports.command import write_report
+    from moa_lightning.reports.grid import grid_report
 
     grid = schedule.grid
     states = survey(schedule.runs())
@@ -148,6 +150,7 @@ def _report(schedule: Schedule, console: Console) -> None:
     tables = write_tables(grid, rows, states, results)
     print_table(grid, rows, console)
     pictures = draw_convergence(grid, [run for run in finished if run.setting is None and not results[run].diverged])
-    for path in (*tables, *pictures):
+    pages = write_report(grid_report(schedule), grid.out)
+    for path in (*tables, *pictures, *pages):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     console.print(f"tensorboard --logdir {shlex.quote(str(grid.out))}", markup=False, highlight=False, soft_wrap=True)

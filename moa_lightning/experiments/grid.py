@@ -173,6 +173,8 @@ class Grid:
     """runs at a time"""
     tuning: Tuning | None = None
     cluster: Cluster | None = None
+    file: Path | None = None
+    """that it was read from"""
 
     @property
     def threads(self) -> int:

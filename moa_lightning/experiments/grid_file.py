@@ -72,7 +72,7 @@ def load_grid(path: Path, resolve: Resolve) -> Grid:
         raise UserError(f"{path}: jobs is {jobs!r}; give the number of runs at a time, 1 or more.")
     out = Path(str(raw.get("out", f"runs/{name}")))
     cluster = _cluster(raw.get("cluster"), f"{path}: cluster")
-    grid = Grid(name, out, seeds, raw["baseline"], tuple(tasks), variants, overrides, jobs, tuning, cluster)
+    grid = Grid(name, out, seeds, raw["baseline"], tuple(tasks), variants, overrides, jobs, tuning, cluster, path)
     _check(grid, str(path))
     return grid
 

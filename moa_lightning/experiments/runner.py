@@ -96,6 +96,7 @@ def run_grid(
     claim = state.lock(grid.out)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((grid.out / ".compiled").absolute()))  # one for all runs
     try:
+        state.keep_file(grid)
         worker.warm_up(preload)
         states = state.survey(schedule.runs(), allow_changed=restart_changed)
         finished = {run for run, where in states.items() if where is State.FINISHED}

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from moa_lightning.errors import UserError
-from moa_lightning.experiments.grid import Run
+from moa_lightning.experiments.grid import Grid, Run
 from moa_lightning.run_folder import RESULT, TEST, last_checkpoint
 
 RECORD = "run.json"  # what a run is and how it is run, written before it starts
 DIVERGED = "diverged.json"  # in place of a result
+GRID = ".grid"  # folder in a grid's folder, with a copy of its file
 LOCK_PATIENCE_SECONDS = 10.0  # runs of a killed grid need a moment to end
 
 
@@ -139,6 +140,22 @@ def prepare(run: Run, resume: bool) -> None:
     draft = run.folder.with_name(f".{run.folder.name}.json")
     draft.write_text(json.dumps(record, indent=1))
     os.replace(draft, _record(run))
+
+
+def keep_file(grid: Grid) -> None:
+    """Keep a copy of the grid file in the grid's folder, for reports on the folder."""
+    if grid.file is None:
+        return
+    folder = grid.out / GRID
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    shutil.copyfile(grid.file, folder / grid.file.name)
+
+
+def kept_file(out: Path) -> Path | None:
+    """That copy; None where the folder is no grid's."""
+    return next(iter(sorted((out / GRID).glob("*"))), None)
 
 
 def lock(out: Path) -> int:

@@ -170,10 +170,11 @@ def print_table(grid: Grid, rows: list[Row], console: Console) -> None:
         for cells in mine:
             table.add_row(*(Text(cells[heading], colours.get(cells[heading], "")) for heading in shown))
         console.print(table)
-    console.print(Text(_note(grid), "dim"))
+    console.print(Text(note(grid), "dim"))
 
 
-def _note(grid: Grid) -> str:
+def note(grid: Grid) -> str:
+    """What the columns mean."""
     baselines = dict.fromkeys(grid.against(variant) for variant in grid.variants)
     pairs = [
         f"{grid.against(variant)} for {variant.name}"
@@ -188,7 +189,7 @@ def _markdown(grid: Grid, rows: list[Row]) -> str:
     names = headings(grid)
     lines = [names, ["---"] * len(names), *([row.cells()[name] for name in names] for row in rows)]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"# {grid.name}\n\n{table}\n\n{_note(grid)}\n"
+    return f"# {grid.name}\n\n{table}\n\n{note(grid)}\n"
 
 
 def _record(row: Row) -> dict[str, object]:

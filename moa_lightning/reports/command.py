@@ -1,0 +1,66 @@
+"""`moa report RUN_OR_GRID`: one page about a run or a grid, as HTML and as Markdown."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import UserError
+from .content import Report
+
+PAGE = "report"
+
+
+def report_command(argv: list[str]) -> int:
+    """The command; returns its exit status.
+
+    Raises:
+        UserError: for a mistake in the options, or a folder that holds nothing to report on.
+    """
+    parser = argparse.ArgumentParser(
+        prog="moa report", description="Write report.html and report.md about a run or a grid, finished or under way."
+    )
+    parser.add_argument("what", metavar="RUN_OR_GRID", help="the folder of a run, or a grid's folder or file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report, instead of that of the run")
+    options = parser.parse_args(argv)
+    report, folder = make_report(Path(options.what))
+    folder = options.out or folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in write_report(report, folder):
+        print(path)
+    return 0
+
+
+def make_report(what: Path) -> tuple[Report, Path]:
+    """The report of a run's folder, or of a grid's folder or file, and the folder where it goes.
+
+    Raises:
+        UserError: it is neither.
+    """
+    from ..configs import resolve_config
+    from ..experiments.grid_file import load_grid
+    from ..experiments.runner import make_schedule
+    from ..experiments.state import kept_file
+    from .grid import grid_report
+    from .run import run_report
+
+    file = kept_file(what) if what.is_dir() else resolve_config(str(what))
+    if file is None:
+        return run_report(what), what
+    grid = load_grid(file, resolve_config)
+    if what.is_dir():
+        grid = replace(grid, out=what)
+    elif not grid.out.is_dir():
+        raise UserError(f"{grid.out} does not exist yet; run moa ablate {what} first")
+    return grid_report(make_schedule(grid)), grid.out
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Write both forms; returns their paths."""
+    from . import html, markdown
+
+    page, text = folder / f"{PAGE}.html", folder / f"{PAGE}.md"
+    draft = folder / f".{PAGE}.html"
+    draft.write_text(html.render(report), encoding="utf-8")
+    draft.replace(page)
+    markdown.write(report, text, folder / PAGE)
+    return [page, text]

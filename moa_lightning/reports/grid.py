@@ -1,0 +1,199 @@
+"""The report of a grid, also while it goes on: answer, convergence, learning rates, scaling, pictures, costs."""
+
+import math
+from collections.abc import Mapping
+
+from ..experiments.convergence import final_by_seed, speed_ups
+from ..experiments.grid import Grid, GridTask, Run
+from ..experiments.plots import axes_figure, rates_figure, read_traces, svg
+from ..experiments.progress import duration
+from ..experiments.rates import mean_over_seeds, rate_ratios, sensitivity
+from ..experiments.ratios import Ratio
+from ..experiments.schedule import Schedule, setting_name, settings
+from ..experiments.state import Result, State, read_result, survey
+from ..experiments.table import Row, headings, make_rows, note
+from .content import Block, Code, Picture, Report, Section, Table, Text
+from .run import pictures, provenance, samples
+from .scaling import scaling_sections
+
+BASIN = 0.5  # share of the grid's `effect` that a loss may lie above the best to belong to the basin of rates
+WITHOUT_EFFECT = 0.01  # the same as a share of the best value, where the task names no effect
+
+
+def grid_report(schedule: Schedule) -> Report:
+    """The report of a grid as far as it has come."""
+    grid = schedule.grid
+    states = survey(schedule.runs())
+    results = {run: read_result(run) for run, where in states.items() if where is State.FINISHED}
+    finals = [run for run, result in results.items() if run.setting is None and not result.diverged]
+    rows = make_rows(schedule, results)
+    sections = [Section("Answer", _answer(grid, rows))]
+    for task in grid.tasks:
+        blocks = [*_convergence(grid, task, finals), *_rates(schedule, task, results), *_shown(task, finals)]
+        sections += [Section(task.name, blocks)] if blocks else []
+    sections += [
+        *scaling_sections(grid, results),
+        Section("Cost", [_cost(grid, results)]),
+        Section("Configuration", _configs(grid)),
+        Section("Where it ran", provenance([run.folder for run in results])),
+    ]
+    return Report(grid.name, _lead(schedule, rows, len(results)), sections)
+
+
+def _lead(schedule: Schedule, rows: list[Row], finished: int) -> str:
+    total, verdicts = schedule.total(), [row.difference.verdict for row in rows if row.difference is not None]
+    counts = ", ".join(
+        f"{verdicts.count(word)} {word}" for word in ("better", "worse", "no difference shown") if word in verdicts
+    )
+    state = "All runs have finished" if finished == total else f"{finished} of {total} runs have finished"
+    grid = schedule.grid
+    return f"{len(grid.variants)} variants on {len(grid.tasks)} tasks. {state}; of {grid.claims} comparisons: {counts}."
+
+
+def _answer(grid: Grid, rows: list[Row]) -> list[Block]:
+    """A table a task, what the columns mean under the last."""
+    names = [name for name in headings(grid) if name not in ("task", "metric")]
+    blocks: list[Block] = []
+    for task in grid.tasks:
+        cells = [row.cells() for row in rows if row.task.name == task.name]
+        blocks.append(Text(f"{task.name}: {cells[0]['metric']}"))
+        blocks.append(Table(names, [[line[name] for name in names] for line in cells]))
+    return [*blocks, Text(note(grid))]
+
+
+def _convergence(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:
+    """Curves on all axes, and how much of each a variant needs to come to its baseline's end."""
+    traces = read_traces(task, finals)
+    if not traces:
+        return []
+    order = [variant.name for variant in grid.variants]
+    caption = (
+        f"{task.name}: {task.metric} on the validation split against each axis that the runs counted; "
+        "mean over seeds, band from the lowest to the highest"
+    )
+    blocks: list[Block] = [Picture(f"{task.name}-convergence", svg(axes_figure(task, traces, order)), "svg", caption)]
+    lines, axes = [], []
+    for variant in grid.variants:
+        other = grid.against(variant)
+        if variant.name == other or variant.name not in traces or other not in traces:
+            continue
+        found = speed_ups(traces[variant.name], traces[other], task.mode, final_by_seed(traces[other]))
+        axes = list(found)
+        lines.append([variant.name, other, *(_ratio(each.speed_up) for each in found.values())])
+        lines[-1].append(f"{next(iter(found.values())).reached} of {next(iter(found.values())).seeds}")
+    if lines:
+        note = (
+            "How many times less a variant needs to reach the final value of its baseline's run with the same seed: "
+            "above 1 it is faster; with 95 % t interval over seeds. Seeds that never reach it make it a bound."
+        )
+        blocks.append(Table(("variant", "baseline", *axes, "seeds that reach it"), lines, note))
+    return blocks
+
+
+def _rates(schedule: Schedule, task: GridTask, results: Mapping[Run, Result]) -> list[Block]:
+    """The metric against the tuned option, where one numeric option was tuned."""
+    grid = schedule.grid
+    if grid.tuning is None or len(task.tune) != 1 or len(next(iter(task.tune.values()))) < 3:
+        return []
+    option = next(iter(task.tune))
+    losses = {}
+    for variant in grid.variants:
+        found = _tuned(schedule, task, variant.name, option, results)
+        if found:
+            losses[variant.name] = found
+    if not losses:
+        return []
+    name = option.rpartition(".")[2]
+    caption = f"{task.name}: {task.metric} against {name}; a point a run, lines through means, crosses: diverged"
+    blocks: list[Block] = [Picture(f"{task.name}-{name}", svg(rates_figure(task, name, losses)), "svg", caption)]
+    lines = []
+    best = min if task.mode == "min" else max
+    delta = (
+        BASIN * task.effect
+        if task.effect
+        else WITHOUT_EFFECT
+        * abs(
+            best(
+                value for found in losses.values() for value in mean_over_seeds(found).values() if math.isfinite(value)
+            )
+        )
+    )
+    for variant in grid.variants:
+        if variant.name not in losses:
+            continue
+        one = sensitivity(mean_over_seeds(losses[variant.name]), delta, task.mode)
+        line = [variant.name, f"{one.best_rate:g}", str(one.optimum), f"{one.lowest} to {one.highest}", str(one.width)]
+        other = grid.against(variant)
+        if other != variant.name and other in losses:
+            ratios = rate_ratios(losses[variant.name], losses[other], delta, task.mode)
+            line += [_ratio(ratios.optimum), _ratio(ratios.highest)]
+        else:
+            line += ["", ""]
+        lines.append([*line, one.at_edge])
+    titles = ("variant", "best tried", "optimum", "basin", "width", "optimum / baseline's", "largest / baseline's", "")
+    note = (
+        f"Basin: values whose {task.metric} stays within {delta:.2g} of the best, interpolated; optimum: of a parabola "
+        "through the best value tried and its neighbours; ratios over the tuning seeds."
+    )
+    return [*blocks, Table(titles, lines, note)]
+
+
+def _tuned(
+    schedule: Schedule, task: GridTask, variant: str, option: str, results: Mapping[Run, Result]
+) -> dict[float, dict[int, float]]:
+    """value of the option -> seed -> metric, {} while runs are missing or where the values are no numbers."""
+    by_name = {(run.variant, run.setting, run.seed): result for run, result in results.items() if run.task == task.name}
+    found: dict[float, dict[int, float]] = {}
+    assert schedule.grid.tuning is not None
+    for setting in settings(task):
+        try:
+            value = float(setting[option])
+        except ValueError:
+            return {}
+        for seed in schedule.grid.tuning.seeds:
+            result = by_name.get((variant, setting_name(setting), seed))
+            if result is None:
+                return {}
+            found.setdefault(value, {})[seed] = result.metrics[task.metric]
+    return found
+
+
+def _shown(task: GridTask, finals: list[Run]) -> list[Block]:
+    """Pictures and samples of each variant's first seed."""
+    blocks: list[Block] = []
+    first = {run.variant: run for run in reversed(finals) if run.task == task.name}
+    for variant, run in sorted(first.items()):
+        for picture in pictures(run.folder):
+            name, caption = f"{task.name}-{variant}-{picture.name}", f"{variant}, seed {run.seed}: {picture.caption}"
+            blocks.append(Picture(name, picture.content, picture.kind, caption))
+        blocks += [Code(f"{variant}, seed {run.seed}: {each.title}", each.text) for each in samples(run.folder)]
+    return blocks
+
+
+def _cost(grid: Grid, results: Mapping[Run, Result]) -> Table:
+    """What all runs of a kind have taken."""
+    lines = []
+    for task in grid.tasks:
+        for kind, tuning in (("tuning", True), ("final", False)):
+            found = [r for run, r in results.items() if run.task == task.name and bool(run.setting) == tuning]
+            if found:
+                seconds = sum(result.seconds for result in found if not math.isnan(result.seconds))
+                diverged = sum(result.diverged for result in found)
+                lines.append([task.name, kind, str(len(found)), str(diverged), duration(seconds)])
+    return Table(("task", "runs", "finished", "diverged", "training time"), lines)
+
+
+def _configs(grid: Grid) -> list[Block]:
+    configs = [config for task in grid.tasks for config in task.configs]
+    configs += [config for variant in grid.variants for config in variant.configs]
+    files = {config.name: config.path for config in configs}
+    blocks: list[Block] = []
+    if grid.file is not None:
+        blocks.append(Code(f"the grid: {grid.file.name}", grid.file.read_text(encoding="utf-8")))
+    return [*blocks, *(Code(name, path.read_text(encoding="utf-8")) for name, path in files.items())]
+
+
+def _ratio(ratio: Ratio) -> str:
+    if math.isnan(ratio.low):
+        return f"{ratio.ratio}"
+    return f"{ratio.ratio} [{ratio.low:.2f}, {ratio.high:.2f}]"

@@ -1,0 +1,151 @@
+"""The report of one run, also while it goes on: metrics, curves, pictures, samples, config, where it ran."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .. import environment
+from ..errors import UserError
+from ..experiments.plots import svg
+from ..experiments.progress import duration
+from ..run_folder import CONFIG, RESULT, TEST
+from .content import Block, Code, Picture, Report, Section, Table, Text
+
+COUNTERS = ("step", "samples", "tokens", "flops", "seconds")
+PANELS = 3  # in a row
+PICTURES = 6  # shown of a run, the latest of each kind
+
+
+def run_report(folder: Path) -> Report:
+    """The report of a run's folder.
+
+    Raises:
+        UserError: it holds no run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"'{folder}' holds neither a run ({CONFIG}) nor a grid")
+    rows = _rows(folder / "metrics.csv")
+    result = _json(folder / RESULT)
+    state = f"finished after {duration(result['seconds'])} of training" if result else "not finished"
+    last = f", at step {int(rows[-1]['step']):,}" if rows else ""
+    sections = [
+        Section("Metrics", [*_metrics(folder, rows)]),
+        Section("Curves", [*_curves(rows)]),
+        Section("What it shows", [*pictures(folder), *samples(folder)]),
+        Section("Configuration", [Code(CONFIG, (folder / CONFIG).read_text(encoding="utf-8"))]),
+        Section("Where it ran", provenance([folder])),
+    ]
+    lead = f"{result['task']}, {result['parameters']:,} trained parameters; {state}" if result else f"A run, {state}"
+    return Report(folder.name, f"{lead}{last}.", [section for section in sections if section.blocks])
+
+
+def pictures(folder: Path) -> list[Picture]:
+    """The latest picture of each kind: reconstructions, attention, the curves of mixes."""
+    latest: dict[str, Path] = {}
+    for path in sorted(folder.glob("pictures/*.png")):
+        latest[path.stem.rpartition("-step")[0]] = path
+    return [
+        Picture(path.stem, path.read_bytes(), "png", f"{name.replace('-', ' ')} at step {_step(path)}")
+        for name, path in list(latest.items())[:PICTURES]
+    ]
+
+
+def samples(folder: Path) -> list[Code]:
+    """The latest text of each kind."""
+    latest: dict[str, Path] = {}
+    for path in sorted(folder.glob("samples/*.txt")):
+        latest[path.stem.rpartition("-step")[0]] = path
+    return [
+        Code(f"{name} at step {_step(path)}", path.read_text(encoding="utf-8"), folded=False)
+        for name, path in latest.items()
+    ]
+
+
+def provenance(folders: list[Path]) -> list[Block]:
+    """Code, machine, versions, data and command of runs, each different one once."""
+    rows: dict[tuple[str, ...], int] = {}
+    commands = []
+    for folder in folders:
+        for entry in environment.read(folder):
+            data, packages = entry.get("data") or {}, entry.get("packages") or {}
+            row = (
+                str(entry.get("commit") or "unknown")[:12] + ("+" if str(entry.get("commit")).endswith("+") else ""),
+                f"{entry.get('device')}; {entry.get('run')}",
+                f"Python {entry.get('python')}, " + ", ".join(f"{name} {packages[name]}" for name in packages),
+                f"{data.get('data')} {data.get('source', '')}, sha256 {str(data.get('sha256', 'unknown'))[:12]}",
+            )
+            rows[row] = rows.get(row, 0) + 1
+            commands.append(" ".join(entry.get("command") or []))
+    if not rows:
+        return [Text("No record of it: the run was made before such records were kept.")]
+    table = Table(
+        ("commit", "device", "versions", "data", "starts"),
+        [(*row, str(count)) for row, count in rows.items()],
+        note='"+" after a commit: files differed from it.',
+    )
+    return [table, *([Code("command", commands[-1])] if len(folders) == 1 else [])]
+
+
+def _metrics(folder: Path, rows: list[dict[str, str]]) -> list[Block]:
+    """The last value of every metric, and what the test said."""
+    last = {name: row[name] for row in rows for name in row if row[name]}
+    tested = (_json(folder / TEST) or {}).get("metrics", {})
+    cells = [(name, f"{float(value):.5g}") for name, value in last.items()]
+    cells += [(name, "not finite" if value is None else f"{value:.5g}") for name, value in tested.items()]
+    return [Table(("metric", "last value"), cells)] if cells else [Text("Nothing was measured yet.")]
+
+
+def _curves(rows: list[dict[str, str]]) -> list[Block]:
+    """Every logged metric against steps, train/ and val/ of one name in one panel."""
+    names = [name for name in (rows[0] if rows else {}) if name not in COUNTERS]
+    panels = list(dict.fromkeys(_panel(name) for name in names))
+    if not panels:
+        return []
+    height = -(-len(panels) // PANELS)
+    figure = Figure(figsize=(12, 2.7 * height), layout="constrained")
+    all_axes = np.atleast_1d(figure.subplots(height, PANELS)).ravel()
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(all_axes, panels, strict=False):
+        for name in (name for name in names if _panel(name) == panel):
+            points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
+            marker = "." if len(points) < 40 else ""
+            axes.plot(*zip(*points, strict=True), marker=marker, linewidth=1.2, label=name.partition("/")[0])
+        axes.set_title(panel, fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        if len(axes.get_lines()) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    return [Picture("curves", svg(figure), "svg", "All logged metrics against optimiser steps")]
+
+
+def _panel(name: str) -> str:
+    group, _, rest = name.partition("/")
+    return rest if group in ("train", "val") else name
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """Whole rows: a run under way may just be writing one."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row.get("step") and None not in row.values()]
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
+def _step(path: Path) -> str:
+    return f"{int(path.stem.rpartition('-step')[2]):,}"

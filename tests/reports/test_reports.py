@@ -1,0 +1,155 @@
+"""Reports of runs and grids: what is in them, that a page needs nothing else, and that names cannot break it."""
+
+import csv
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moa_lightning.errors import UserError
+from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Seeds
+from moa_lightning.experiments.state import Result
+from moa_lightning.reports import html, markdown
+from moa_lightning.reports.command import make_report, report_command, write_report
+from moa_lightning.reports.content import Code, Picture, Report, Section, Table, Text
+from moa_lightning.reports.scaling import scaling_sections
+from tests.cli.conftest import Moa, moa  # noqa: F401 - a fixture
+from tests.experiments.conftest import make_grid  # noqa: F401 - a fixture
+from tests.experiments.test_ablate import Ablate, ablate  # noqa: F401 - a fixture
+
+EVIL = "<script>alert('x')</script> | `code` *star* [link](http://x)"
+
+
+class Page(HTMLParser):
+    """Tags and links of a page; asserts that tags are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(*blocks: Text | Table | Picture | Code) -> Report:
+    return Report("a title", "a lead", [Section("one", list(blocks))])
+
+
+def test_the_page_stands_alone_and_escapes_everything() -> None:
+    report = page_of(
+        Text(EVIL), Table((EVIL,), [[EVIL], ["better"]], EVIL), Picture("p", b"\x89PNG", "png", EVIL), Code(EVIL, EVIL)
+    )
+    page = Page(html.render(report))
+    assert "script" not in page.tags
+    assert page.text.count(EVIL) == 7, "paragraph, heading, cell, note, caption, summary, text"
+    assert all(address.startswith(("data:", "#")) for address in page.addresses), "no network"
+
+
+def test_markdown_keeps_text_as_text(tmp_path: Path) -> None:
+    report = page_of(Text(EVIL), Table(("a", "b"), [[EVIL, "1"]]), Picture("p", b"x", "svg", "c"), Code("t", "a ``` b"))
+    markdown.write(report, tmp_path / "report.md", tmp_path / "report")
+    text = (tmp_path / "report.md").read_text()
+    assert "<script>" not in text.replace(r"\<script\>", "")
+    row = next(line for line in text.splitlines() if r"\| \`code\`" in line and line.startswith("|"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3, "a bar in a cell opens no column"
+    assert "````\na ``` b\n````" in text
+    assert (tmp_path / "report/p.svg").read_bytes() == b"x"
+    assert "(report/p.svg)" in text
+
+
+def test_a_run_that_goes_on_and_a_finished_one(
+    moa: Moa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = (
+        "fit -c configs/vision/mae_tiny.yaml -c configs/data/mnist5k.yaml -c configs/ffn/moa.yaml "
+        "--model.backbone_args.depth 1 --model.backbone_args.embed_dim 16 --model.backbone_args.num_heads 2 "
+        "--data.batch_size 8 --data.bank_size 16 --data.max_val_samples 8 --trainer.max_steps 4 "
+        "--trainer.val_check_interval 2 --trainer.log_every_n_steps 1 --trainer.accelerator cpu --run_dir run"
+    )
+    outcome = moa(command)
+    assert outcome.code == 0, outcome.err
+    report, folder = make_report(Path("run"))
+    assert folder == Path("run")
+    assert "MAE" in report.lead
+    assert "finished" in report.lead
+    page = Page(html.render(report))
+    for words_ in ("val/loss", "reconstruction at step 4", "mixing curves at step 4", "mae_tiny", "torch 2", "sha256"):
+        assert words_ in page.text or words_ in html.render(report), words_
+    curves = next(b for s in report.sections for b in s.blocks if isinstance(b, Picture) and b.name == "curves")
+    ElementTree.fromstring(curves.content)
+
+    (Path("run") / "result.json").unlink()
+    with (Path("run") / "metrics.csv").open("a") as file:
+        file.write("5,40,")  # half a line
+    report, _ = make_report(Path("run"))
+    assert "not finished, at step 4" in report.lead
+    assert [path.name for path in write_report(report, Path("run"))] == ["report.html", "report.md"]
+
+
+def test_a_grid_says_what_its_table_says(ablate: Ablate, make_grid: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    done = ablate(make_grid())
+    assert done.status == 0, done.output
+    assert f"{tmp_path}/out/report.html" in done.output
+    page = Page((tmp_path / "out/report.html").read_text())
+    for row in csv.DictReader((tmp_path / "out/table.csv").open()):
+        assert row["verdict"] in page.text
+    assert "of 4 comparisons: 4 better" in page.text
+    text = (tmp_path / "out/report.md").read_text()
+    links = re.findall(r"\]\((report/[^)]+)\)", text)
+    assert links
+    assert all((tmp_path / "out" / link).is_file() for link in links)
+    (tmp_path / "grid.yaml").unlink()
+    report, folder = make_report(tmp_path / "out")  # from its folder alone, which may have been moved
+    assert folder == tmp_path / "out"
+    assert "All runs have finished" in report.lead
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds neither a run"):
+        report_command([str(tmp_path)])
+
+
+def test_scaling_needs_four_sizes_and_finds_what_was_planted() -> None:
+    sizes, rng = (1e5, 3e5, 1e6, 3e6, 1e7), np.random.default_rng(0)
+    variants = (GridVariant("gelu", ()), GridVariant("moa", ()))
+    tasks = tuple(GridTask(f"t-{i}", (), "val/loss", "min", axes={"size": str(i)}, base="t") for i in range(5))
+    grid = Grid("g", Path("out"), Seeds((0, 1), 2), "gelu", tasks, variants, {}, 1)
+    results = {}
+    for task, size in zip(tasks, sizes, strict=True):
+        for variant, gain in zip(variants, (1.0, 1.5), strict=True):  # moa acts as if it were 1.5 times as large
+            for seed in (0, 1):
+                loss = 2.0 + 30 * (gain * size) ** -0.3 + 1e-4 * rng.standard_normal()
+                run = grid.run(task, variant, seed, {})
+                results[run] = Result({"val/loss": loss}, int(size), 10, 10, None, 1.0)
+    (section,) = scaling_sections(grid, results)
+    assert section.title == "t: loss and size"
+    table = next(block for block in section.blocks if isinstance(block, Table) and "multiplier" in block.headings)
+    found = [float(row[3].split()[0]) for row in table.rows]
+    assert found == pytest.approx([1.5] * 5, rel=0.05)
+    few = {run: result for run, result in results.items() if run.task in ("t-0", "t-1", "t-2")}
+    assert scaling_sections(grid, few) == []
+    diverged = dict.fromkeys([next(iter(results))], Result({"val/loss": math.nan}, None, None, None, None, math.nan))
+    assert "multiplier" not in json.dumps(
+        [str(block) for block in scaling_sections(grid, results | diverged)[0].blocks][3:]
+    )
