@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,15 @@ if TYPE_CHECKING:
     from .options import Option
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+OWN_COMMANDS = {  # imported when they are called
+    "ablate": "moa_lightning.experiments.command:ablate_command",
+    "bench": "moa_lightning.benchmarking.command:bench_command",
+    "data": "data.writers:data_command",
+    "export": "moa_lightning.export:export_command",
+    "plan": "moa_lightning.planning.command:plan_command",
+    "report": "moa_lightning.reports.command:report_command",
+    "theory": "moa_lightning.theory.command:theory_command",
+}
 SETTINGS = (
     "seed_everything",
     "import",
@@ -83,47 +91,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
             print(COMMAND_HELP[command], end="")
             return 0
         return _run_lightning(command, rest)
-    own: dict[str, Callable[[list[str]], int | None]]
-    own = {"ablate": _ablate, "bench": _bench, "data": _data, "export": _export, "plan": _plan, "report": _report}
-    if command not in own:
-        raise UserError(f"unknown command '{command}'; choose from {', '.join([*LIGHTNING_COMMANDS, *own])}")
-    return own[command](rest) or 0
-
-
-def _ablate(argv: list[str]) -> int:
-    from .experiments.command import ablate_command
-
-    return ablate_command(argv)
-
-
-def _bench(argv: list[str]) -> None:
-    from .benchmarking.command import bench_command
-
-    bench_command(argv)
-
-
-def _export(argv: list[str]) -> None:
-    from .export import export_command
-
-    export_command(argv)
-
-
-def _data(argv: list[str]) -> None:
-    from data.writers import data_command
-
-    data_command(argv)
-
-
-def _report(argv: list[str]) -> int:
-    from .reports.command import report_command
-
-    return report_command(argv)
-
-
-def _plan(argv: list[str]) -> int:
-    from .planning.command import plan_command
-
-    return plan_command(argv)
+    if command not in OWN_COMMANDS:
+        raise UserError(f"unknown command '{command}'; choose from {', '.join([*LIGHTNING_COMMANDS, *OWN_COMMANDS])}")
+    module, _, function = OWN_COMMANDS[command].partition(":")
+    return getattr(importlib.import_module(module), function)(rest) or 0
 
 
 def _run_lightning(command: str, argv: list[str]) -> int:

@@ -12,6 +12,7 @@ USAGE = """usage: moa COMMAND ...
   ablate     a grid of runs with a table and plots: moa ablate configs/grids/quickstart.yaml
   bench      what the layers cost on this machine: moa bench op step --out results
   plan       what a run needs, before it has it: moa plan -c configs/language/gpt_124m.yaml --device h100
+  theory     what separates fixed activations, LA and MoA, computed: moa theory
   data       write WebDataset shards:  moa data images --source fashion_mnist --out shards
   export     the weights as one file:  moa export --ckpt_path RUN/checkpoints/last.ckpt --out mae.safetensors
 
@@ -69,6 +70,16 @@ the run
   --seed_everything N             initial weights (default 0); the data's order has --data.seed
 
 moa fit --help all                every option of the trainer, checkpoints, guard, watchdog
+"""
+
+THEORY = """usage: moa theory [--out DIR] [--quick] [--seed N]
+
+The separations fixed < LA < MoA, executed: one-unit layers that compute the separating functions exactly, the best fits
+of fixed activations and of LA at growing width, and how many units buy the same error. Two minutes on one core.
+
+  --out DIR                       folder for theory.json and theory.png (default: runs/theory)
+  --quick                         fewer widths, activations and starts: seconds
+  --seed N                        of the random starts (default 0)
 """
 
 
