@@ -88,6 +88,8 @@ def test_multipliers_use_that_seeds_are_shared() -> None:
     for sharp, wide in zip(shared, alone, strict=True):
         assert sharp.multiplier.value == pytest.approx(1.3, rel=0.02)
         assert sharp.high - sharp.low < 0.4 * (wide.high - wide.low)
+    # inside the sizes hardly anything but the gap is left
+    assert shared[1].high - shared[1].low < 0.2 * (alone[1].high - alone[1].low)
     assert [m.size for m in shared] == list(SIZES)
     assert [m.extrapolated for m in shared] == [False, False, False, True]
 
