@@ -3,8 +3,10 @@
 Figures are those of the makers' data sheets, products dense (the sheets print twice as much "with sparsity"):
 A100: NVIDIA A100 Tensor Core GPU data sheet (SXM). H100, H200: NVIDIA H100 and H200 Tensor Core GPU data sheets (SXM).
 B200: NVIDIA HGX B200 data sheet, an eighth of the board. L40S: NVIDIA L40S data sheet. RTX 4090: NVIDIA Ada GPU
-architecture white paper, bfloat16 with float32 accumulation. float32 is that of the plain units, which torch uses
-unless TF32 is switched on. The link is NVLink, or PCIe where there is none, in one direction.
+architecture white paper, bfloat16 with float32 accumulation. The figures of H200, B200, L40S and RTX 4090 agree with
+public listings of November 2026, with two remarks: a B200 has 192 GB installed, of which an HGX board offers 180 (its
+driver shows 179), and its float32 is 75 or 80 TFLOP/s by the source. float32 is that of the plain units, which torch
+uses unless TF32 is switched on. The link is NVLink, or PCIe where there is none, in one direction.
 
 A GB here is 10^9 bytes, though cards hold somewhat more: the rest is left to the driver's context, the libraries'
 workspaces and the gaps of the allocator.

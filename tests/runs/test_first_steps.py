@@ -54,10 +54,9 @@ def test_the_first_steps_are_those_of_one_process(alone, groups, strategy, size,
             assert difference.norm() <= TOLERANCE * reference.norm(), key
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_process_never_holds_more_than_its_shard_and_one_parameter(groups, size):
-    """Beyond them there are what is too small to be sharded later, and the modules themselves: 16 MB."""
-    for rank in groups[size]:
+def test_a_process_never_holds_more_than_its_shard_and_one_parameter(groups):
+    """Peak of the resident memory while a net of 229 MB is built; 16 MB for the modules themselves."""
+    for rank in groups[2]:
         start = rank["start"].shares
-        assert start["held"] < 1.01 * start["whole"] / size
+        assert start["held"] < 1.01 * start["whole"] / 2
         assert start["taken"] < start["held"] + start["largest"] + 16e6 < 0.75 * start["whole"]

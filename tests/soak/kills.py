@@ -277,6 +277,7 @@ def main() -> None:
         share = options.kills // len(CASES) + (index < options.kills % len(CASES))
         how = trial(case, share, folder / str(index), folder / "shards", dice)
         print(f"[{time.monotonic() - begin:5.0f} s] {case}: {len(how)} kills, identical ({'; '.join(how)})", flush=True)
+    print(f"{options.kills} kills of {len(CASES)} runs (seed {options.seed}), all identical; torch {torch.__version__}")
 
 
 if __name__ == "__main__":

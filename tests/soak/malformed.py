@@ -350,7 +350,7 @@ def command(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     tally = soak(options.count, options.seed, options.keep)
     print(table(tally))
-    print(f"{time.monotonic() - started:.0f} s")
+    print(f"{options.count} inputs (seed {options.seed}) in {time.monotonic() - started:.0f} s")
     return int(any(verdict in BAD for _, verdict in tally))
 
 
