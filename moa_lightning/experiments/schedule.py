@@ -2,8 +2,10 @@
 
 First each variant's options are tuned: the same values and the same seeds for all variants of a task, the best mean on
 the validation split is chosen. Its final runs have other seeds. Where the grid names a pilot, the spread of the paired
-differences over the pilot's seeds says how many seeds the task gets (statistics.py): all variants of a task get the
-same ones, as the comparison is paired. Nothing of this is stored: it follows from the finished runs, so a killed grid
+differences over the pilot's seeds says how many seeds the task gets (power.py): all variants of a task get the same
+ones, as the comparison is paired. The pilot's seeds are judged with the others. That could bias a test, as their spread
+has decided the number; here it is pooled over all variants, and simulated grids make no more false claims than promised
+(tests/experiments/test_pilot.py). Nothing of this is stored: it follows from the finished runs, so a killed grid
 comes to the same runs again.
 """
 

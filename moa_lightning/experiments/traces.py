@@ -100,5 +100,6 @@ def band(traces: Mapping[int, Trace], axis: str, points: int = 200, confidence: 
     n = len(values)
     half = np.full(len(x), math.nan)
     if n > 1:
-        half = student.ppf((1 + confidence) / 2, n - 1) * values.std(0, ddof=1) / math.sqrt(n)
+        with np.errstate(invalid="ignore"):  # a seed that is infinite
+            half = student.ppf((1 + confidence) / 2, n - 1) * values.std(0, ddof=1) / math.sqrt(n)
     return Band(axis, x, values.mean(0), values.min(0), values.max(0), half, n)

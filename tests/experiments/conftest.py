@@ -1,11 +1,37 @@
-"""A small grid on disk: two tasks, three variants, fake runs."""
+"""A small grid on disk: two tasks, three variants, fake runs; and `moa ablate` on it."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
+
+from moa_lightning.errors import UserError
+from moa_lightning.experiments.command import ablate_command
+from tests.experiments import fake_moa
+
+Ablate = Callable[..., "Ended"]
+PRELOAD = ("pytest", "tests.experiments.fake_moa")
+
+
+class Ended(NamedTuple):
+    status: int
+    output: str
+
+
+@pytest.fixture
+def ablate(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """`moa ablate` in this process, its runs in others; a UserError counts as the exit status 2 that it becomes."""
+
+    def run(*words: object) -> Ended:
+        try:
+            status = ablate_command([str(word) for word in words], Path, fake_moa.main, PRELOAD)
+        except UserError as error:
+            return Ended(2, str(error))
+        return Ended(status, capsys.readouterr().out)
+
+    return run
 
 
 @pytest.fixture

@@ -9,37 +9,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments import state
-from moa_lightning.experiments.command import ablate_command
 from tests.experiments import fake_moa
+from tests.experiments.conftest import Ablate
 
-Ablate = Callable[..., "Ended"]
 MakeGrid = Callable[..., Path]
-PRELOAD = ("pytest", "tests.experiments.fake_moa")
-
-
-class Ended(NamedTuple):
-    status: int
-    output: str
-
-
-@pytest.fixture
-def ablate(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """`moa ablate` in this process, its runs in others; a UserError counts as the exit status 2 that it becomes."""
-
-    def run(*words: object) -> Ended:
-        try:
-            status = ablate_command([str(word) for word in words], Path, fake_moa.main, PRELOAD)
-        except UserError as error:
-            return Ended(2, str(error))
-        return Ended(status, capsys.readouterr().out)
-
-    return run
 
 
 def begun(folder: Path) -> list[str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.experiments import fake_moa
-from tests.experiments.test_ablate import Ablate, ablate, begun, results  # noqa: F401 - a fixture
+from tests.experiments.conftest import Ablate
+from tests.experiments.test_ablate import begun, results
 
 MakeGrid = Callable[..., Path]
 TUNE = {"seeds": [100], "options": {"rate": [0.005, 0.01, 0.02]}}
@@ -33,7 +34,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "out/table.csv").open()))
 
 
-def test_each_variant_trains_at_its_own_best_rate(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:  # noqa: F811
+def test_each_variant_trains_at_its_own_best_rate(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
     done = ablate(tuned_grid(make_grid, tmp_path))
     assert done.status == 0, done.output
     assert "[18/18]" in done.output
@@ -46,7 +47,7 @@ def test_each_variant_trains_at_its_own_best_rate(ablate: Ablate, make_grid: Mak
     assert "18 of 18 runs are finished already" in again.output
 
 
-def test_another_best_rate_changes_the_final_runs(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:  # noqa: F811
+def test_another_best_rate_changes_the_final_runs(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
     path = tuned_grid(make_grid, tmp_path)
     assert ablate(path).status == 0
     path.write_text(path.read_text().replace("- 0.02\n", "- 0.03\n"))  # now 0.01 is nearer to moa's 0.02
@@ -60,7 +61,7 @@ def test_another_best_rate_changes_the_final_runs(ablate: Ablate, make_grid: Mak
 
 
 def test_the_test_split_is_read_once_and_only_by_final_runs(
-    ablate: Ablate,  # noqa: F811
+    ablate: Ablate,
     make_grid: MakeGrid,
     tmp_path: Path,
 ) -> None:
@@ -80,7 +81,7 @@ def test_the_test_split_is_read_once_and_only_by_final_runs(
     assert Counter(begun(tmp_path))["t/la/seed0 from 0"] == 1, "it was not trained again"
 
 
-def test_a_diverged_run_is_a_result(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:  # noqa: F811
+def test_a_diverged_run_is_a_result(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
     variants = {"gelu": {"config": [str(tmp_path / "gelu.yaml")]}, "wild": {"overrides": {"diverge": True}}}
     path = make_grid(variants=variants, seeds=[0, 1])
     for _ in range(2):
@@ -92,7 +93,7 @@ def test_a_diverged_run_is_a_result(ablate: Ablate, make_grid: MakeGrid, tmp_pat
 
 
 def test_a_grid_killed_ten_times_ends_with_the_same_table(
-    ablate: Ablate,  # noqa: F811
+    ablate: Ablate,
     make_grid: MakeGrid,
     tmp_path: Path,
 ) -> None:

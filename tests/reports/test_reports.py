@@ -19,9 +19,8 @@ from moa_lightning.reports import html, markdown
 from moa_lightning.reports.command import make_report, report_command, write_report
 from moa_lightning.reports.content import Code, Picture, Report, Section, Table, Text
 from moa_lightning.reports.scaling import scaling_sections
-from tests.cli.conftest import Moa, moa  # noqa: F401 - a fixture
-from tests.experiments.conftest import make_grid  # noqa: F401 - a fixture
-from tests.experiments.test_ablate import Ablate, ablate  # noqa: F401 - a fixture
+from tests.cli.conftest import Moa
+from tests.experiments.conftest import Ablate
 
 EVIL = "<script>alert('x')</script> | `code` *star* [link](http://x)"
 
@@ -105,7 +104,7 @@ def test_a_run_that_goes_on_and_a_finished_one(moa: Moa, tmp_path: Path, monkeyp
     assert [path.name for path in write_report(report, Path("run"))] == ["report.html", "report.md"]
 
 
-def test_a_grid_says_what_its_table_says(ablate: Ablate, make_grid: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+def test_a_grid_says_what_its_table_says(ablate: Ablate, make_grid: Callable[..., Path], tmp_path: Path) -> None:
     done = ablate(make_grid())
     assert done.status == 0, done.output
     assert f"{tmp_path}/out/report.html" in done.output
