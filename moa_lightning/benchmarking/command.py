@@ -44,18 +44,24 @@ def bench_command(argv: list[str]) -> None:
     if unknown:
         raise UserError(f"moa bench: '{unknown[0]}' is unknown; choose from {', '.join(PARTS)}")
     parts = [part for part in PARTS if part in given.what or not given.what]
+    folder = None if given.out is None else _made(Path(given.out))
     keeps_memory = keep_freed_memory()
     setting = choose(given.device, given.quick)
     machine = measure_machine(setting)
     measured = [row for part in parts for row in PARTS[part](setting, machine)]
     about = machine.about(setting, keeps_memory)
     print(markdown(about, measured))
-    if given.out is not None:
-        try:
-            files = write(Path(given.out), parts, about, measured)
-        except OSError as error:
-            raise UserError(f"--out '{given.out}' cannot be written: {error.strerror}") from error
-        print(f"written: {files[0]}, {files[1]}")
+    if folder is not None:
+        print("written:", *write(folder, parts, about, measured))
+
+
+def _made(folder: Path) -> Path:
+    """The folder, made where it is missing; a mistake in it should show before ten minutes of measurement."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out '{folder}' cannot be written: {error.strerror}") from error
+    return folder
 
 
 def choose(device_name: str | None, quick: bool) -> Setting:

@@ -68,7 +68,6 @@ def _ratio(row: Row) -> str:
 
 def write(folder: Path, parts: list[str], about: dict[str, Any], measured: list[Row]) -> tuple[Path, Path]:
     """Write <folder>/<device>-<parts>.json and .md; the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     device = re.sub("[^a-z0-9]+", "-", str(about["name"]).lower()).strip("-")
     stem = folder / "-".join([device, *parts])
     as_json, as_text = stem.with_suffix(".json"), stem.with_suffix(".md")
