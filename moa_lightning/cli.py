@@ -199,7 +199,11 @@ def import_module(name: str) -> None:
 
 
 def resolve_precision(config: dict[str, Any], options: "list[Option]") -> "tuple[list[Option], list[str]]":
-    """Put the precision in use into the config, `auto` resolved; returns the other options and a line about `auto`."""
+    """Put the precision in use into the config, `auto` (the default) resolved.
+
+    Returns:
+        The other options, and a line about `auto`.
+    """
 
     def given(key: str) -> Any:
         try:
@@ -207,7 +211,7 @@ def resolve_precision(config: dict[str, Any], options: "list[Option]") -> "tuple
         except KeyError:
             return None
 
-    if given("trainer.precision") == "auto":
+    if given("trainer.precision") in (None, "auto"):
         precision, why = auto_precision(str(given("trainer.accelerator") or "auto"))
         config["trainer"] = {**(config.get("trainer") or {}), "precision": precision}
         return [o for o in options if o.key != "trainer.precision"], [f"precision auto is {precision}: {why}"]

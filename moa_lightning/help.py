@@ -31,7 +31,7 @@ _DEVICES = """devices (--trainer.*)
   --trainer.accelerator NAME      auto, cpu, gpu, ...
   --trainer.devices N             number of devices, or auto
   --trainer.strategy NAME         auto, ddp (a copy of the net on each device), fsdp2 (the net sharded over them)
-  --trainer.precision NAME        32-true, bf16-mixed, or auto: bf16-mixed where the device is fast at it
+  --trainer.precision NAME        32-true, bf16-mixed, or auto: bf16-mixed where the device is fast at it (the default)
 """
 
 _FIT = f"""usage: moa fit [-c FILE ...] [--option value ...]

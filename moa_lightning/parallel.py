@@ -21,12 +21,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .checkpoints import RunCheckpointIO, load_into, split_tensors
 from .errors import UserError
 from .kernels import compiler_works
 from .mixing import MixCoefficients
+
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+ATTENTION = "aten::_scaled_dot_product"  # one operation for each of torch's implementations
 
 
 class FSDPStrategy(ModelParallelStrategy):
@@ -147,10 +150,24 @@ def transformer_blocks(net: nn.Module) -> list[nn.Module]:
     return [block for stack in stacks for block in stack.children()]
 
 
-def checkpoint_blocks(net: nn.Module) -> None:
-    """Have every transformer block recomputed in the backward pass, in place; names of parameters stay."""
+def checkpoint_blocks(net: nn.Module, selective: bool = False) -> None:
+    """Have every transformer block recomputed in the backward pass, in place; names of parameters stay.
+
+    Args:
+        selective: keep what matrix products and attention made and recompute the rest (norms, rotations, activations),
+            which costs little time to make and much memory to keep.
+    """
+    how: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     for block in transformer_blocks(net):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, **how)
+
+
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy of selective checkpointing."""
+    keep = operation.overloadpacket in PRODUCTS or operation.name().startswith(ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_blocks(net: nn.Module) -> None:

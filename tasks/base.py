@@ -8,7 +8,7 @@ hyper-parameters, so that a checkpoint can be loaded without it.
 import math
 import os
 from dataclasses import asdict, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import lightning as L
 import torch
@@ -21,6 +21,7 @@ from moa_lightning.optim import OptimizerConfig, build_optimizer, total_norm
 from moa_lightning.parallel import FSDPStrategy, checkpoint_blocks, compile_blocks
 
 Config = TypeVar("Config")
+Recompute: TypeAlias = bool | Literal["selective"]
 
 
 def as_config(kind: type[Config], value: Any) -> Config:
@@ -35,13 +36,14 @@ class Task(L.LightningModule):
         optimizer: AdamW and its schedule.
         seed: initial weights are a function of (seed, parameter name); None: the run's seed (--seed_everything).
         compile: compile each transformer block (pays off in runs of more than a few minutes).
-        activation_checkpointing: recompute each transformer block in the backward pass.
+        activation_checkpointing: recompute each transformer block in the backward pass; "selective" keeps its matrix
+            products and attention and recomputes the rest.
     """
 
     forward_methods: tuple[str, ...] = ("features",)
 
     def __init__(
-        self, optimizer: OptimizerConfig, seed: int | None, compile: bool, activation_checkpointing: bool
+        self, optimizer: OptimizerConfig, seed: int | None, compile: bool, activation_checkpointing: Recompute
     ) -> None:
         super().__init__()
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
@@ -79,7 +81,7 @@ class Task(L.LightningModule):
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
         self.net = self._build(self.seed)
         if self.activation_checkpointing:
-            checkpoint_blocks(self.net)
+            checkpoint_blocks(self.net, selective=self.activation_checkpointing == "selective")
         if self.compile_net:
             compile_blocks(self.net)
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):

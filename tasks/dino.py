@@ -16,7 +16,7 @@ from moa_lightning.models import SelfDistillation
 from moa_lightning.models.attention import attention_maps
 from moa_lightning.optim import OptimizerConfig, cosine_schedule
 
-from .base import as_config
+from .base import Recompute, as_config
 from .vision import SelfSupervised, picture
 
 PICTURES = 8
@@ -46,7 +46,8 @@ class DINO(SelfSupervised):
         channels: of the images; None: the data's.
         seed: of the initial weights; None: the run's seed.
         compile: compile each transformer block.
-        activation_checkpointing: recompute each block in the backward pass instead of storing its activations.
+        activation_checkpointing: recompute each block in the backward pass instead of storing its activations;
+            "selective" keeps its matrix products and attention and recomputes the rest.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class DINO(SelfSupervised):
         channels: int | None = None,
         seed: int | None = None,
         compile: bool = False,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Recompute = False,
     ) -> None:
         super().__init__(optimizer, seed, compile, activation_checkpointing)
         self.ffn = as_config(FFNConfig, ffn)

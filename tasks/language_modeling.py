@@ -11,7 +11,7 @@ from moa_lightning.evaluation import TextMetrics
 from moa_lightning.models import GPT, GPTConfig
 from moa_lightning.optim import OptimizerConfig
 
-from .base import Task, as_config
+from .base import Recompute, Task, as_config
 
 SAMPLE_TOKENS = 200
 
@@ -27,7 +27,8 @@ class LanguageModeling(Task):
         context_length: longest input in tokens; None: the data's.
         seed: of the initial weights; None: the run's seed.
         compile: compile each transformer block.
-        activation_checkpointing: recompute each block in the backward pass instead of storing its activations.
+        activation_checkpointing: recompute each block in the backward pass instead of storing its activations;
+            "selective" keeps its matrix products and attention and recomputes the rest.
     """
 
     forward_methods = ("generate",)
@@ -41,7 +42,7 @@ class LanguageModeling(Task):
         context_length: int | None = None,
         seed: int | None = None,
         compile: bool = False,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Recompute = False,
     ) -> None:
         super().__init__(optimizer, seed, compile, activation_checkpointing)
         self.gpt, self.ffn = as_config(GPTConfig, gpt), as_config(FFNConfig, ffn)

@@ -14,7 +14,7 @@ from moa_lightning.models import MaskedAutoencoder
 from moa_lightning.optim import OptimizerConfig
 from moa_lightning.random import uniform
 
-from .base import as_config
+from .base import Recompute, as_config
 from .vision import SelfSupervised, picture
 
 MASK_STREAM = 1  # separates the masks from other uses of a sample's seed
@@ -37,7 +37,8 @@ class MAE(SelfSupervised):
         channels: of the images; None: the data's.
         seed: of the initial weights; None: the run's seed.
         compile: compile each transformer block.
-        activation_checkpointing: recompute each block in the backward pass instead of storing its activations.
+        activation_checkpointing: recompute each block in the backward pass instead of storing its activations;
+            "selective" keeps its matrix products and attention and recomputes the rest.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class MAE(SelfSupervised):
         channels: int | None = None,
         seed: int | None = None,
         compile: bool = False,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Recompute = False,
     ) -> None:
         super().__init__(optimizer, seed, compile, activation_checkpointing)
         self.ffn = as_config(FFNConfig, ffn)

@@ -1,15 +1,18 @@
 """How a net is sharded and recomputed: precision of the parts, same numbers, less memory."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moa_lightning.feedforward import FFNConfig
 from moa_lightning.models import GPT, GPTConfig
 from moa_lightning.parallel import checkpoint_blocks, shard, transformer_blocks
+from moa_lightning.planning.tracker import Tracker
 
 TOKENS = torch.arange(32).reshape(2, 16) % 11
 
@@ -52,6 +55,44 @@ def test_recomputed_blocks_give_the_same_gradients_and_keep_less():
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert little < 0.5 * much
+
+
+def peak(net: GPT) -> int:
+    """Bytes of tensors at the worst moment of forward and backward."""
+    net(TOKENS).square().mean().backward()  # gradients are there from now on
+    with Tracker() as tracker:
+        net(TOKENS).square().mean().backward()
+    return tracker.peak
+
+
+def test_selective_recomputation_keeps_products_and_attention_only():
+    plain, full, selective = gpt(), gpt(), gpt()
+    checkpoint_blocks(full)
+    checkpoint_blocks(selective, selective=True)
+    expected, found = gradients(plain)[0], gradients(selective)[0]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert peak(full) < peak(selective) < peak(plain)
+    with Operations() as ran:
+        loss = selective(TOKENS).square().mean()
+    forward = ran.counts
+    with Operations() as ran:
+        loss.backward()
+    again = ran.counts  # of what a backward pass does not do by itself
+    assert forward["moa::mix"] == again["moa::mix"] == 2
+    assert forward["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2
+    assert again["aten::_scaled_dot_product_flash_attention_for_cpu"] == 0
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __enter__(self):
+        self.counts: Counter[str] = Counter()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("low", [False, True])

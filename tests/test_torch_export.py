@@ -1,5 +1,4 @@
-"""A net with any feed-forward layer of configs/ffn becomes a torch.export program that computes the same, for batches of
-any size."""
+"""A net with any feed-forward layer of configs/ffn exports to a program that computes the same, for any batch."""
 
 from pathlib import Path
 

@@ -90,10 +90,10 @@ def plan_command(argv: list[str]) -> int:
 
 
 def _precision(config: dict[str, Any], options: list[Option], gpu: bool) -> list[Option]:
-    """`auto` asks the machine of a fit; here it is bf16-mixed, which every GPU of the table multiplies in hardware."""
+    """`auto`, the default, asks the machine of a fit; here it is bf16-mixed, which every GPU of the table has."""
     given = [option.value for option in options if option.key == "trainer.precision"]
     trainer = config.get("trainer") or {}
-    if (given[-1] if given else trainer.get("precision")) == "auto":
+    if (given[-1] if given else trainer.get("precision")) in (None, "auto"):
         config["trainer"] = {**trainer, "precision": "bf16-mixed" if gpu else "32-true"}
         return [option for option in options if option.key != "trainer.precision"]
     return resolve_precision(config, options)[0]

@@ -250,6 +250,14 @@ def test_precision_auto_says_what_it_chose(moa: Moa, monkeypatch: pytest.MonkeyP
     assert yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["precision"] == chosen
 
 
+@pytest.mark.usefixtures("words")
+def test_without_a_word_about_precision_it_is_bfloat16_where_the_processor_has_it(moa: Moa, monkeypatch) -> None:
+    monkeypatch.setattr("moa_lightning.configs.cpu_has_bf16", lambda: True)
+    outcome = moa(f"{TEXT} --trainer.max_steps 1 --run_dir run")
+    assert "SingleDevice, precision bf16-mixed" in outcome.out
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
+
+
 def test_a_trial_run_leaves_nothing(moa: Moa) -> None:
     assert moa(f"{MAE} --trainer.max_steps 3 --trainer.fast_dev_run true").code == 0
     assert list(Path().iterdir()) == []
