@@ -22,7 +22,7 @@ PARTS: dict[str, Callable[[Setting, Machine], list[Row]]] = {
     "decode": decode,
     "data": data,
 }
-FULL, SHORT = Effort(rounds=31, seconds=20.0), Effort(rounds=3, seconds=0.5, warm_up=1)
+FULL, SHORT = Effort(rounds=31, seconds=15.0), Effort(rounds=3, seconds=0.5, warm_up=1)
 
 
 class _Parser(argparse.ArgumentParser):
