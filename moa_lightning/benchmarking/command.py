@@ -11,7 +11,7 @@ from .decode import decode
 from .layers import layer, op
 from .loading import data
 from .machine import ON_CPU, ON_GPU, QUICK, Machine, Setting, fast_dtypes, find_device, measure_machine
-from .report import markdown, write
+from .report import head, meanings, tables, write
 from .steps import step
 from .timing import Effort, Row, keep_freed_memory
 
@@ -48,9 +48,14 @@ def bench_command(argv: list[str]) -> None:
     keeps_memory = keep_freed_memory()
     setting = choose(given.device, given.quick)
     machine = measure_machine(setting)
-    measured = [row for part in parts for row in PARTS[part](setting, machine)]
     about = machine.about(setting, keeps_memory)
-    print(markdown(about, measured))
+    print(head(about), flush=True)
+    measured: list[Row] = []
+    for part in parts:  # each is shown when it is done, as all of them take minutes
+        found = PARTS[part](setting, machine)
+        measured += found
+        print(f"\n{tables(found)}", flush=True)
+    print(f"\n{meanings(measured)}")
     if folder is not None:
         print("written:", *write(folder, parts, about, measured))
 

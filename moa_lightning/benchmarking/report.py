@@ -27,16 +27,24 @@ FIGURES = {
 
 def markdown(about: dict[str, Any], measured: list[Row]) -> str:
     """The whole report."""
-    parts = [_head(about)]
-    for group, members in groupby(measured, key=lambda row: row.group):
-        found = list(members)
-        parts.append(f"**{group}**\n\n{_table(found)}")
+    return "\n\n".join((head(about), tables(measured), meanings(measured))).rstrip() + "\n"
+
+
+def tables(measured: list[Row]) -> str:
+    """A table a group."""
+    groups = groupby(measured, key=lambda row: row.group)
+    return "\n\n".join(f"**{group}**\n\n{_table(list(members))}" for group, members in groups)
+
+
+def meanings(measured: list[Row]) -> str:
+    """What the columns mean."""
     used = {name for row in measured for name in row.figures}
-    meanings = [f"{name}: {text}" for name, (_, text) in FIGURES.items() if name in used and text]
-    return "\n\n".join([*parts, "; ".join(meanings) + "." if meanings else ""]).rstrip() + "\n"
+    found = [f"{name}: {text}" for name, (_, text) in FIGURES.items() if name in used and text]
+    return "; ".join(found) + "." if found else ""
 
 
-def _head(about: dict[str, Any]) -> str:
+def head(about: dict[str, Any]) -> str:
+    """Where and how it was measured, in a paragraph."""
     rates = []
     for dtype, copied in about["copy"].items():
         peak = about["peak"][dtype]
