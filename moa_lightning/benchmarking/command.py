@@ -27,7 +27,7 @@ FULL, SHORT = Effort(rounds=31, seconds=15.0), Effort(rounds=3, seconds=0.5, war
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"moa bench: {message}; moa bench --help lists the options")
+        raise UserError(f"{message}; moa bench --help lists the options")
 
 
 def bench_command(argv: list[str]) -> None:
@@ -42,7 +42,7 @@ def bench_command(argv: list[str]) -> None:
     given = _parser().parse_args(argv)
     unknown = [part for part in given.what if part not in PARTS]
     if unknown:
-        raise UserError(f"moa bench: '{unknown[0]}' is unknown; choose from {', '.join(PARTS)}")
+        raise UserError(f"'{unknown[0]}' is unknown; choose from {', '.join(PARTS)}")
     parts = [part for part in PARTS if part in given.what or not given.what]
     folder = None if given.out is None else _made(Path(given.out))
     keeps_memory = keep_freed_memory()
