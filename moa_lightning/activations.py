@@ -55,6 +55,14 @@ class Activation:
 class ModuleActivation(nn.Module, ABC):
     """An activation that owns parameters or couples neurons; maps (..., h) to (..., h)."""
 
+    def forward(self, u: Tensor) -> Tensor:
+        return self.curve(u, *self.parameters(recurse=False))
+
+    @abstractmethod
+    def curve(self, u: Tensor, *parameters: Tensor) -> Tensor:
+        """The activation with these parameters in the order of their names here, of their
+        shapes, or with leading axes that broadcast against those of u (one set for each row or group of rows)."""
+
     @abstractmethod
     def reset_parameters(self) -> None:
         """Write the start of the parameters, which is not random."""
@@ -184,10 +192,11 @@ class PolyNorm(ModuleActivation):
         self.weight.fill_(1 / 3)
         self.bias.zero_()
 
-    def forward(self, u: Tensor) -> Tensor:
+    def curve(self, u: Tensor, *parameters: Tensor) -> Tensor:
+        weights, bias = parameters
         v = u.to(torch.promote_types(u.dtype, torch.float32))
-        total = self.bias.to(v.dtype)
-        for power, weight in enumerate(self.weight, start=1):
+        total = bias.to(v.dtype)
+        for power, weight in enumerate(weights.split(1, dim=-1), start=1):
             term = v**power
             total = total + weight * term * torch.rsqrt(term.square().mean(-1, keepdim=True) + self.eps)
         return total.to(u.dtype)
@@ -213,10 +222,10 @@ class XIELU(ModuleActivation):
         self.alpha_p.fill_(math.log(math.expm1(self.start)))
         self.alpha_n.fill_(math.log(math.expm1(self.start - self.beta)))
 
-    def forward(self, u: Tensor) -> Tensor:
+    def curve(self, u: Tensor, *parameters: Tensor) -> Tensor:
         v = u.to(torch.promote_types(u.dtype, torch.float32))
-        alpha_p = F.softplus(self.alpha_p)
-        alpha_n = self.beta + F.softplus(self.alpha_n)
+        alpha_p = F.softplus(parameters[0])
+        alpha_n = self.beta + F.softplus(parameters[1])
         negative = v.clamp(max=0.0)
         curve = torch.where(v > 0, alpha_p * v.square(), alpha_n * (torch.expm1(negative) - negative))
         return (curve + self.beta * v).to(u.dtype)

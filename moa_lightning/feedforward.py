@@ -221,9 +221,9 @@ class FeedForward(nn.Module):
         if hidden_dim < 1:
             raise UserError(f"the hidden width is {hidden_dim} at model width {dim}; raise ffn.hidden_ratio")
         self.dim, self.hidden_dim, self.config = dim, hidden_dim, config
-        self.up_proj = nn.Linear(dim, hidden_dim, bias=config.bias)
-        self.gate_proj = nn.Linear(dim, hidden_dim, bias=config.bias) if config.gated else None
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=config.bias)
+        self.up_proj = self._linear(dim, hidden_dim)
+        self.gate_proj = self._linear(dim, hidden_dim) if config.gated else None
+        self.down_proj = self._linear(hidden_dim, dim)
         self.norm = norm
         hidden_rate, output_rate = dropout if isinstance(dropout, tuple) else (dropout, dropout)
         self.hidden_drop = nn.Dropout(hidden_rate) if hidden_rate else None
@@ -238,18 +238,27 @@ class FeedForward(nn.Module):
         config = self.config
         fixed = config.mixing == "fixed"
         if not config.gated:
-            self.up_mix = FixedActivation(config.activation) if fixed else self._mixing(config.activation)
+            self.up_mix = self._fixed_activation() if fixed else self._mixing(config.activation)
         elif fixed:
-            self.gate_mix = FixedActivation(config.activation)
+            self.gate_mix = self._fixed_activation()
         elif config.branches == "pairs":
-            self.pair_mix = PairMixing(*self._mixing_arguments(config.activation, "identity"))
+            self.pair_mix = self._pair_mixing()
         else:
             self.gate_mix = self._mixing(config.activation)
             if config.branches == "both":
                 self.up_mix = self._mixing("identity")
 
+    def _linear(self, inputs: int, outputs: int) -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=self.config.bias)
+
+    def _fixed_activation(self) -> FixedActivation:
+        return FixedActivation(self.config.activation)
+
     def _mixing(self, start: str) -> Mixing:
         return Mixing(*self._mixing_arguments(start))
+
+    def _pair_mixing(self) -> PairMixing:
+        return PairMixing(*self._mixing_arguments(self.config.activation, "identity"))
 
     def _mixing_arguments(self, *start: str) -> tuple[Any, ...]:
         config = self.config
@@ -278,42 +287,43 @@ class FeedForward(nn.Module):
         named = {"up_mix": self.up_mix, "gate_mix": self.gate_mix, "pair_mix": self.pair_mix}
         return {name: m for name, m in named.items() if m is not None and not isinstance(m, FixedActivation)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self._hidden(x)  # (..., h)
+    def forward(self, x: Tensor, *rows: Any) -> Tensor:
+        """x (..., d) -> (..., d). `rows`, for the parts: which expert each row of x belongs to, in moe.Experts."""
+        hidden = self._hidden(x, *rows)  # (..., h)
         if self.hidden_drop is not None:
             hidden = self.hidden_drop(hidden)
         if self.norm is not None:
             hidden = self.norm(hidden)
-        y = self.down_proj(hidden)
+        y = self.down_proj(hidden, *rows)
         return self.drop(y) if self.drop is not None else y
 
-    def _hidden(self, x: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor, *rows: Any) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
             x = x.to(
                 torch.get_autocast_dtype(device)
             )  # once: projections and gates keep this one for the backward pass
-        up = self.up_proj(x)
-        gate = None if self.gate_proj is None else self.gate_proj(x)
+        up = self.up_proj(x, *rows)
+        gate = None if self.gate_proj is None else self.gate_proj(x, *rows)
         if self.config.mixing == "fixed":
-            return self._fixed(up, gate, x)
+            return self._fixed(up, gate, x, *rows)
         names, kernel = self.config.dictionary, self.config.kernel
         if self.pair_mix is not None:
             assert gate is not None
-            return mix_pairs(gate, up, self.pair_mix(x), names, kernel)
-        coefficients = None if self.up_mix is None else self.up_mix(x)
+            return mix_pairs(gate, up, self.pair_mix(x, *rows), names, kernel)
+        coefficients = None if self.up_mix is None else self.up_mix(x, *rows)
         if gate is None:
             assert coefficients is not None
             return mix(up, coefficients, names, kernel=kernel)
         assert self.gate_mix is not None
-        return mix(gate, self.gate_mix(x), names, up, coefficients, kernel)
+        return mix(gate, self.gate_mix(x, *rows), names, up, coefficients, kernel)
 
-    def _fixed(self, up: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
+    def _fixed(self, up: Tensor, gate: Tensor | None, x: Tensor, *rows: Any) -> Tensor:
         if gate is None:
             assert self.up_mix is not None
-            return self.up_mix(up, x)
+            return self.up_mix(up, x, *rows)
         assert self.gate_mix is not None
-        return self.gate_mix(gate, x) * up
+        return self.gate_mix(gate, x, *rows) * up
 
     def parameter_count(self) -> int:
         """Trainable parameters in closed form, a norm inside not counted."""

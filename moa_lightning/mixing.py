@@ -61,22 +61,22 @@ class _GatedCoefficients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, logits: Tensor, gate: Gate, at_zero: float) -> Tensor:
-        c = base + (gate_function(logits, gate, base.dim()) - at_zero)
+    def forward(ctx: Any, base: Tensor, logits: Tensor, gate: Gate, at_zero: float, entry_axes: int) -> Tensor:
+        c = base + (gate_function(logits, gate, entry_axes) - at_zero)
         ctx.save_for_backward(base, c)
-        ctx.gate, ctx.at_zero = gate, at_zero
+        ctx.gate, ctx.at_zero, ctx.entry_axes = gate, at_zero, entry_axes
         return c
 
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
         base, c = ctx.saved_tensors
         g = (c - base) + ctx.at_zero
-        axes = tuple(range(-base.dim(), 0))
+        axes = tuple(range(-ctx.entry_axes, 0))
         if ctx.gate == "softmax":
             dlogits = g * (dc - (g * dc).sum(axes, keepdim=True))
         else:
             dlogits = dc * (g * (1 - g) if ctx.gate == "sigmoid" else 1 - g * g)
-        return dc.sum_to_size(base.shape), dlogits, None, None
+        return dc.sum_to_size(base.shape), dlogits, None, None, None
 
 
 class FixedActivation(nn.Module):
@@ -123,6 +123,8 @@ class MixCoefficients(nn.Module):
     """
 
     entry_axes = 1
+    stack: tuple[int, ...] = ()
+    """leading axes of all parameters, for several layers held as one"""
 
     def __init__(
         self,
@@ -136,14 +138,15 @@ class MixCoefficients(nn.Module):
     ) -> None:
         super().__init__()
         self.entries, self.start, self.gate, self.init = entries, start, gate, init
-        shape = (len(entries),) * self.entry_axes
+        self.entry_shape = (len(entries),) * self.entry_axes
+        count = math.prod(self.entry_shape)
+        base = torch.empty(*self.stack, *self.entry_shape)
         if train_base:
-            self.base = nn.Parameter(torch.empty(shape))
+            self.base = nn.Parameter(base)
         else:
-            self.register_buffer("base", torch.empty(shape))
-        count = math.prod(shape)
-        self.gate_weight = nn.Parameter(torch.empty(count, dim)) if gate else None
-        self.gate_bias = nn.Parameter(torch.empty(count)) if gate and gate_bias else None
+            self.register_buffer("base", base)
+        self.gate_weight = nn.Parameter(torch.empty(*self.stack, count, dim)) if gate else None
+        self.gate_bias = nn.Parameter(torch.empty(*self.stack, count)) if gate and gate_bias else None
         self.gate_zero = gate_at_zero(gate, count) if gate else 0.0
         self.reset_parameters()
 
@@ -152,9 +155,9 @@ class MixCoefficients(nn.Module):
         """Write the start that `init` names; only the paper's start of a gate is random."""
         if self.init == "identity":
             self.base.zero_()
-            self.base[self.start] = 1.0
+            self.base[(..., *self.start)] = 1.0
         else:
-            self.base.fill_(self.gate_zero if self.gate else 1 / self.base.numel())
+            self.base.fill_(self.gate_zero if self.gate else 1 / math.prod(self.entry_shape))
         if self.gate_weight is not None:
             if self.init == "identity":
                 self.gate_weight.zero_()
@@ -177,18 +180,18 @@ class MixCoefficients(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = nn.functional.linear(x, weight) if x.dtype == dtype else _WideLinear.apply(x, weight)
             logits = logits if self.gate_bias is None else logits + self.gate_bias
-        return logits.unflatten(-1, self.base.shape)
+        return logits.unflatten(-1, self.entry_shape)
 
     def coefficients(self, x: Tensor) -> Tensor:
         """c(x) in float32 at least: x (..., d) -> (..., K), or (..., K, K) for pairs."""
-        return self.forward(x).expand(*x.shape[:-1], *self.base.shape)  # no call: hooks on the module look in here
+        return self.forward(x).expand(*x.shape[:-1], *self.entry_shape)  # no call: hooks on the module look in here
 
     def forward(self, x: Tensor) -> Tensor:
         """As `coefficients`, but without the token axes where c does not depend on the token."""
         base = self.base.to(torch.promote_types(x.dtype, torch.float32))
         if self.gate is None:
             return base
-        return _GatedCoefficients.apply(base, self._logits(x), self.gate, self.gate_zero)
+        return _GatedCoefficients.apply(base, self._logits(x), self.gate, self.gate_zero, self.entry_axes)
 
     def extra_repr(self) -> str:
         return f"{' + '.join(self.entries)}, gate={self.gate}, init={self.init}"

@@ -27,6 +27,7 @@ from .checkpoints import RunCheckpointIO, load_into, split_tensors
 from .errors import UserError
 from .kernels import compiler_works
 from .mixing import MixCoefficients
+from .moe import Router
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 ATTENTION = "aten::_scaled_dot_product"  # one operation for each of torch's implementations
@@ -39,7 +40,7 @@ class FSDPStrategy(ModelParallelStrategy):
         replicas: copies of the net, each sharded over its part of the devices (hybrid sharding); "nodes" makes one
             copy a node, so that parameters travel inside nodes and only gradients between them.
         low_precision_parameters: blocks gather their parameters in bfloat16 and reduce gradients in float32; the
-            coefficients of mixes stay in float32. For precision bf16-mixed: half the traffic.
+            coefficients of mixes and the routers stay in float32. For precision bf16-mixed: half the traffic.
         save_distributed_checkpoint: write one file a rank (loadable by any world size) instead of one merged file.
 
     Raises:
@@ -135,9 +136,9 @@ def shard(
     if low_precision_parameters:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in transformer_blocks(net):
-        mixes: list[nn.Module] = [module for module in block.modules() if isinstance(module, MixCoefficients)]
-        if low_precision_parameters and mixes:  # bfloat16 would round the coefficients before they are used
-            fully_shard(mixes, mesh=mesh)
+        exact: list[nn.Module] = [module for module in block.modules() if isinstance(module, MixCoefficients | Router)]
+        if low_precision_parameters and exact:  # bfloat16 would round coefficients and logits before they are used
+            fully_shard(exact, mesh=mesh)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
     for method in methods:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moa_lightning import FFNConfig
 from moa_lightning.evaluation import TextMetrics
 from moa_lightning.models import GPT, GPTConfig
+from moa_lightning.moe import MoEConfig, balance_loss
 from moa_lightning.optim import OptimizerConfig
 
 from .base import Recompute, Task, as_config
@@ -22,6 +23,7 @@ class LanguageModeling(Task):
     Args:
         gpt: the size of the model.
         ffn: the feed-forward layer of every block.
+        moe: experts in place of every block's feed-forward layer; moe.experts 0: none.
         optimizer: AdamW and its schedule.
         vocab_size: number of token ids; None: the data's.
         context_length: longest input in tokens; None: the data's.
@@ -43,9 +45,11 @@ class LanguageModeling(Task):
         seed: int | None = None,
         compile: bool = False,
         activation_checkpointing: Recompute = False,
+        moe: MoEConfig = MoEConfig(),  # noqa: B008
     ) -> None:
         super().__init__(optimizer, seed, compile, activation_checkpointing)
         self.gpt, self.ffn = as_config(GPTConfig, gpt), as_config(FFNConfig, ffn)
+        self.moe = as_config(MoEConfig, moe)
         self.keep_hyperparameters(
             gpt=self.gpt,
             ffn=self.ffn,
@@ -55,11 +59,14 @@ class LanguageModeling(Task):
             seed=seed,
             compile=compile,
             activation_checkpointing=activation_checkpointing,
+            moe=self.moe,
         )
+        self._load: Tensor | None = None  # of the experts since the last optimiser step, over all processes
         self.val_metrics, self.test_metrics = TextMetrics(), TextMetrics()
 
     def build(self, seed: int) -> nn.Module:
-        return GPT(self.gpt, self.ffn, self.from_data("vocab_size"), self.from_data("context_length"), seed)
+        sizes = self.from_data("vocab_size"), self.from_data("context_length")
+        return GPT(self.gpt, self.ffn, *sizes, seed, self.moe)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens int64 (B, T) -> logits (B, T, vocab_size)."""
@@ -68,7 +75,27 @@ class LanguageModeling(Task):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         loss = self._nll(batch).sum() / (batch["targets"] >= 0).sum()
         self.log("train/loss", loss.detach(), sync_dist=True)
-        return loss
+        return loss + self._router_loss() if self.moe.experts else loss
+
+    def _router_loss(self) -> Tensor:
+        """The routers' losses with their weights, each a mean over the blocks; keeps the load for the biases."""
+        routing, moe = self.net.routing, self.moe
+        z_loss = routing.z_loss.mean()
+        self.log("train/router_z_loss", z_loss.detach(), sync_dist=True)
+        total = moe.z_loss_weight * z_loss
+        if moe.balances_by_loss or moe.balances_by_bias:
+            load = self.trainer.strategy.reduce(routing.load.clone(), reduce_op="sum")  # (blocks, experts)
+            balance = balance_loss(load, routing.probability).mean()
+            self.log("train/balance_loss", balance.detach(), sync_dist=True)
+            if moe.balances_by_loss:
+                total = total + moe.balance_loss_weight * balance
+            self._load = load if self._load is None else self._load + load
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.moe.balances_by_bias and self._load is not None:
+            self.net.follow_load(self._load)
+        self._load = None
 
     def _nll(self, batch: dict[str, Any]) -> Tensor:
         """Negative log-likelihood per target in nats, float32 (B, T); 0 where the target does not count."""

@@ -5,7 +5,7 @@
 Pre-norm decoder without biases, after what recent open trainers agree on: rotary positions (Su et al., arXiv
 2104.09864), RMSNorm (Zhang and Sennrich, arXiv 1910.07467), RMS-normalised queries and keys (Henry et al., arXiv
 2010.04245), grouped-query attention (Ainslie et al., arXiv 2305.13245). The projections into the residual stream start
-at zero, so each block starts as the identity.
+at zero, so each block starts as the identity. The feed-forward layer may be a mixture of experts (moe.py).
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..feedforward import FeedForward, FFNConfig
+from ..experts import StackedLinear
+from ..feedforward import FeedForward, FFNConfig, flops_per_token, matched_hidden_dim, parameter_count
+from ..generation import Sampling, continuation
+from ..moe import MoE, MoEConfig, Routing, moe_flops_per_token, moe_parameter_count
 from .init import initialize
 
 
@@ -69,8 +72,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
+class LayerCache:
+    """Keys and values of the tokens that one block has seen, with room for `room` tokens."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.length = room, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep those of further tokens (B, heads, T, head_dim); returns all so far."""
+        if self.keys is None or self.values is None:
+            shape = (*keys.shape[:2], self.room, keys.shape[3])
+            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        before, self.length = self.length, self.length + keys.shape[2]
+        self.keys[:, :, before : self.length], self.values[:, :, before : self.length] = keys, values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class Cache:
+    """What a GPT keeps of the tokens that it has read, to continue them: one LayerCache a block."""
+
+    def __init__(self, depth: int, room: int) -> None:
+        self.layers = [LayerCache(room) for _ in range(depth)]
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return self.layers[0].length
+
+
 class Attention(nn.Module):
-    """Causal self-attention, x (B, T, d) -> (B, T, d)."""
+    """Causal self-attention, x (B, T, d) -> (B, T, d); with a cache, also to the tokens before these."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -80,7 +113,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         batch, length, dim = x.shape
         q, k, v = (
             self.qkv(x)
@@ -90,7 +123,15 @@ class Attention(nn.Module):
         )  # each (B, heads, T, head_dim)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        before = k.shape[2] - length
+        mask = None  # a single token sees all before it
+        if before and length > 1:
+            mask = torch.ones(length, before + length, dtype=torch.bool, device=x.device).tril(before)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=before == 0, enable_gqa=self.kv_heads != self.heads
+        )
         return self.proj(y.transpose(1, 2).reshape(batch, length, dim))
 
 
@@ -104,9 +145,27 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.dim)
         self.mlp = FeedForward(config.dim, ffn)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, cache)
         return x + self.mlp(self.norm2(x))
+
+
+class MoEBlock(nn.Module):
+    """A Block whose feed-forward layer is a mixture of experts; returns what its router did besides x."""
+
+    def __init__(self, config: GPTConfig, ffn: FFNConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.dim)
+        self.attn = Attention(config)
+        self.norm2 = nn.RMSNorm(config.dim)
+        self.mlp = MoE(config.dim, ffn, moe)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Routing]:
+        x = x + self.attn(self.norm1(x), cos, sin, cache)
+        y, routing = self.mlp(self.norm2(x))
+        return x + y, routing
 
 
 class GPT(nn.Module):
@@ -118,16 +177,40 @@ class GPT(nn.Module):
         vocab_size: number of token ids.
         context_length: longest input in tokens.
         seed: initial weights are a function of (seed, parameter name).
+        moe: experts in place of every block's feed-forward layer.
+
+    Attributes:
+        routing: what the routers did in the last forward pass, each tensor with the blocks on its first axis; None
+            without experts.
+
+    Raises:
+        UserError: expert choice, which looks at later tokens, without moe.see_later_tokens.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: GPTConfig, ffn: FFNConfig, vocab_size: int, context_length: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        ffn: FFNConfig,
+        vocab_size: int,
+        context_length: int,
+        seed: int = 0,
+        moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
+    ) -> None:
         super().__init__()
-        self.config, self.context_length = config, context_length
+        if moe.experts and moe.router == "expert_choice" and not moe.see_later_tokens:
+            raise UserError(
+                "moe.router 'expert_choice' lets outputs depend on later tokens, which a causal model must not see; "
+                "choose 'token_choice', or set moe.see_later_tokens to true for an experiment that knows it"
+            )
+        self.config, self.ffn, self.moe, self.context_length = config, ffn, moe, context_length
+        self.routing: Routing | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config, ffn) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            MoEBlock(config, ffn, moe) if moe.experts else Block(config, ffn) for _ in range(config.depth)
+        )
         self.norm = nn.RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, vocab_size, bias=False)
         if config.tie_embeddings:
@@ -137,15 +220,55 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         initialize(self, seed, gpt_rule)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        length = tokens.shape[1]
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Tokens int64 (B, T) -> logits (B, T, vocab_size); with a cache, T further tokens of a text already read."""
+        before = 0 if cache is None else cache.length
+        length = before + tokens.shape[1]
         if length > self.context_length:
             raise UserError(f"input of {length} tokens is longer than the context length {self.context_length}")
         x = self.embed(tokens)  # (B, T, d)
-        cos, sin = self.cos[:length], self.sin[:length]
-        for block in self.blocks:
-            x = block(x, cos, sin)
+        cos, sin = self.cos[before:length], self.sin[before:length]
+        routings = []
+        for index, block in enumerate(self.blocks):
+            out = block(x, cos, sin) if cache is None else block(x, cos, sin, cache.layers[index])
+            if self.moe.experts:
+                x, routing = out
+                routings.append(routing)
+            else:
+                x = out
+        self.routing = Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True))) if routings else None
         return self.head(self.norm(x))
+
+    def new_cache(self) -> Cache:
+        """An empty one, with room for the context length."""
+        return Cache(self.config.depth, self.context_length)
+
+    @torch.no_grad()
+    def follow_load(self, load: Tensor) -> None:
+        """Move the routers' biases after an optimiser step's load (blocks, experts) over all processes."""
+        for block, counts in zip(self.blocks, load, strict=True):
+            block.mlp.router.follow(counts, self.moe.balance_bias_rate)
+
+    def parameter_count(self, active: bool = False, embeddings: bool = True) -> int:
+        """Trainable parameters in closed form.
+
+        Args:
+            active: only those that a token meets: of the experts, the chosen ones.
+            embeddings: count the token embedding, and the output matrix where it is one of its own.
+        """
+        config = self.config
+        attention = config.dim * (config.num_heads + 2 * config.kv_heads) * config.head_dim + config.dim**2
+        norms = 2 * config.dim + (2 * config.head_dim if config.qk_norm else 0)
+        if self.moe.experts:
+            mlp = moe_parameter_count(config.dim, self.ffn, self.moe, active)
+        else:
+            mlp = parameter_count(config.dim, self._hidden_dim, self.ffn)
+        tables = (1 if config.tie_embeddings else 2) * self.embed.num_embeddings * config.dim
+        return config.depth * (attention + norms + mlp) + config.dim + (tables if embeddings else 0)
+
+    @property
+    def _hidden_dim(self) -> int:
+        return matched_hidden_dim(self.config.dim, self.ffn, round(self.ffn.hidden_ratio * self.config.dim), self.ffn.match)
 
     def flops_per_token(self) -> int:
         """Matrix-product FLOPs of one forward pass for one token at full context; causal attention counted by half."""
@@ -153,27 +276,32 @@ class GPT(nn.Module):
         qkv = 2 * config.dim * (config.num_heads + 2 * config.kv_heads) * config.head_dim
         projection = 2 * config.dim * config.dim
         attention = 2 * 2 * config.dim * self.context_length // 2
-        mlp = sum(m.flops_per_token() for m in self.modules() if isinstance(m, FeedForward))
-        return config.depth * (qkv + projection + attention) + mlp + 2 * self.head.weight.numel()
+        if self.moe.experts:
+            mlp = moe_flops_per_token(config.dim, self.ffn, self.moe)
+        else:
+            mlp = flops_per_token(config.dim, self._hidden_dim, self.ffn)
+        return config.depth * (qkv + projection + attention + mlp) + 2 * self.embed.num_embeddings * config.dim
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, new_tokens: int, generator: torch.Generator, temperature: float = 0.8) -> Tensor:
-        """Sample a continuation: tokens (B, T) -> (B, T + new_tokens). Recomputes the window for each token."""
-        for _ in range(new_tokens):
-            logits = self(tokens[:, -self.context_length :])[:, -1].float() / temperature
-            choice = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)
-            tokens = torch.cat([tokens, choice.to(tokens.device)], dim=1)
-        return tokens
+    def generate(
+        self,
+        tokens: Tensor,
+        new_tokens: int,
+        generator: torch.Generator,
+        sampling: Sampling = Sampling(temperature=0.8),  # noqa: B008 - frozen
+    ) -> Tensor:
+        """Sample a continuation: tokens (B, T) -> (B, T + new_tokens)."""
+        return torch.cat([tokens, *continuation(self, tokens, new_tokens, generator, sampling)], dim=1)
 
 
 def gpt_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
     """Matrices normal with standard deviation fan-in^-1/2, those into the residual stream zero, embeddings 0.02."""
     if isinstance(module, nn.Embedding):
         parameter.normal_(std=0.02, generator=generator)
-    elif isinstance(module, nn.Linear):
-        if name.endswith(("attn.proj.weight", "down_proj.weight")) or parameter.dim() == 1:
+    elif isinstance(module, nn.Linear | StackedLinear):
+        if name.endswith(("attn.proj.weight", "down_proj.weight", "bias")):
             parameter.zero_()
         elif name != "head.weight":
-            parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
         else:
             parameter.normal_(std=0.02, generator=generator)

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..mixing import FixedActivation, MixCoefficients
+from ..moe import Router
 from ..random import named_seed
 
 Rule = Callable[[nn.Module, str, Tensor, torch.Generator], None]
@@ -35,17 +36,17 @@ def initialize(net: nn.Module, seed: int, rule: Rule) -> None:
     """Write initial values into a net in place; what stands on the meta device waits for `materialize`.
 
     Args:
-        net: any net; the coefficients of its mixes take their own start.
+        net: any net; the coefficients of its mixes and its routers take their own start.
         rule: called as rule(module, qualified parameter name, tensor on the CPU, generator) for every other trainable
             parameter; what it leaves alone keeps the value that it was built with. Of the module it may read types and
             shapes, not values.
     """
     for name, module in net.named_modules():
-        if isinstance(module, MixCoefficients | FixedActivation) and _on_meta(module):
+        if isinstance(module, MixCoefficients | FixedActivation | Router) and _on_meta(module):
             module.to_empty(device="cpu")  # it is small
             if isinstance(module, FixedActivation):
                 module.reset_parameters()
-        if isinstance(module, MixCoefficients):
+        if isinstance(module, MixCoefficients | Router):
             module.reset_parameters(_generator(seed, name))
             continue
         for leaf, parameter in module.named_parameters(recurse=False):

@@ -6,6 +6,7 @@ import torch
 
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
+from moa_lightning.generation import Sampling
 from moa_lightning.models import GPT, GPTConfig
 from moa_lightning.models.gpt import Attention, rotary_table, rotate
 from tests.models.nets import FFNS, assert_same_where_shapes_agree, counted_flops, fragment, shake, start
@@ -185,7 +186,7 @@ def test_samples_depend_on_the_generator_alone() -> None:
 
 def test_a_cold_sample_is_the_likeliest_continuation() -> None:
     net, text = shake(gpt()), tokens(1, 3)
-    drawn = net.generate(text, 5, torch.Generator().manual_seed(0), temperature=1e-4)
+    drawn = net.generate(text, 5, torch.Generator().manual_seed(0), Sampling(1e-4))
     for _ in range(5):
         text = torch.cat([text, net(text)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(drawn, text)
