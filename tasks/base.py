@@ -33,7 +33,7 @@ class Task(L.LightningModule):
     """Base of the tasks. Subclasses give `build`, `training_step` and the evaluation.
 
     Args:
-        optimizer: AdamW and its schedule.
+        optimizer: AdamW or Muon, and the schedule.
         seed: initial weights are a function of (seed, parameter name); None: the run's seed (--seed_everything).
         compile: compile each transformer block (pays off in runs of more than a few minutes).
         activation_checkpointing: recompute each transformer block in the backward pass; "selective" keeps its matrix

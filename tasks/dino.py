@@ -14,7 +14,7 @@ from moa_lightning.errors import UserError
 from moa_lightning.losses import DINOLoss
 from moa_lightning.models import SelfDistillation
 from moa_lightning.models.attention import attention_maps
-from moa_lightning.optim import OptimizerConfig, cosine_schedule
+from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule
 
 from .base import Recompute, as_config
 from .vision import SelfSupervised, picture
@@ -41,7 +41,7 @@ class DINO(SelfSupervised):
         teacher_momentum: weight of the old teacher at the first step; rises to 1 along a cosine.
         center_momentum: weight of the old centre.
         final_weight_decay: weight decay at the end of the run, reached along a cosine; None: constant.
-        optimizer: AdamW and its schedule.
+        optimizer: AdamW or Muon, and the schedule.
         image_size: pixels of the global crops; None: the data's.
         channels: of the images; None: the data's.
         seed: of the initial weights; None: the run's seed.
@@ -145,7 +145,7 @@ class DINO(SelfSupervised):
         if final is not None:
             decay = cosine_schedule(self.optimizer_config.weight_decay, final, self.progress)
             for group in optimizer.param_groups:
-                if group["name"] == "decay":
+                if group["name"] in DECAYING:
                     group["weight_decay"] = decay
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

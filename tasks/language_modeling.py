@@ -24,7 +24,7 @@ class LanguageModeling(Task):
         gpt: the size of the model.
         ffn: the feed-forward layer of every block.
         moe: experts in place of every block's feed-forward layer; moe.experts 0: none.
-        optimizer: AdamW and its schedule.
+        optimizer: AdamW or Muon, and the schedule.
         vocab_size: number of token ids; None: the data's.
         context_length: longest input in tokens; None: the data's.
         seed: of the initial weights; None: the run's seed.

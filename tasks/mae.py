@@ -32,7 +32,7 @@ class MAE(SelfSupervised):
         mask_ratio: share of patches hidden.
         normalize_pixels: predict pixels standardised per patch.
         decoder_dim, decoder_depth, decoder_heads: size of the decoder.
-        optimizer: AdamW and its schedule.
+        optimizer: AdamW or Muon, and the schedule.
         image_size: pixels; None: the data's.
         channels: of the images; None: the data's.
         seed: of the initial weights; None: the run's seed.

@@ -9,6 +9,7 @@ from .learning_rate import LearningRate
 from .mixing import MixingTelemetry
 from .pictures import Pictures
 from .restored import RestoredState
+from .routing import RoutingTelemetry
 from .throughput import Throughput
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MixingTelemetry",
     "Pictures",
     "RestoredState",
+    "RoutingTelemetry",
     "Throughput",
     "default_callbacks",
 ]
@@ -32,6 +34,7 @@ def default_callbacks() -> list[L.Callback]:
         GradientNorm(),
         Throughput(),
         MixingTelemetry(),
+        RoutingTelemetry(),
         Pictures(),
         DataFaults(),
         Convergence(),

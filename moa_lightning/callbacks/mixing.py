@@ -14,6 +14,7 @@ of a sharded net are whole; after it they may be shards again. Compiled code ign
 that one step eagerly, and less often.
 """
 
+import math
 import re
 from collections import Counter
 from contextlib import ExitStack
@@ -102,28 +103,39 @@ def gate_saturation(gates: Tensor, kind: str) -> Tensor:
     return ((p < SATURATED) | (p > 1 - SATURATED)).float().mean()
 
 
-def capture(module: MixCoefficients, x: Tensor) -> Capture:
-    """What the mix makes of its FFN's input x (..., d)."""
-    tokens = x.detach().flatten(0, -2)
-    tokens = tokens[:: -(-tokens.shape[0] // MAX_TOKENS)]
+def capture(module: MixCoefficients, x: Tensor, *rows: Any) -> Capture:
+    """What the mix makes of its FFN's input x (..., d); of experts (whose rows x has), each row's own, α their mean."""
+    tokens = x.detach()
+    if not module.stack:
+        tokens = _thinned(tokens.flatten(0, -2))
     with torch.no_grad():
-        gates = module.gates(tokens)
-        coefficients = module.coefficients(tokens[:1] if gates is None else tokens)
+        gates = module.gates(tokens, *rows)
+        varies = gates is not None or module.stack
+        coefficients = module.coefficients(tokens if varies else tokens[:1], *rows)
         return Capture(
-            alpha=module.base.detach().float().flatten().clone(),
-            coefficients=coefficients.flatten(1).clone(),
-            gates=None if gates is None else gates.flatten(1),
+            alpha=module.base.detach().float().reshape(-1, math.prod(module.entry_shape)).mean(0),
+            coefficients=_by_token(coefficients, module),
+            gates=None if gates is None else _by_token(gates, module),
         )
+
+
+def _thinned(rows: Tensor) -> Tensor:
+    return rows[:: -(-rows.shape[0] // MAX_TOKENS)]
+
+
+def _by_token(values: Tensor, module: MixCoefficients) -> Tensor:
+    """(..., K) or (..., K, K) as a copy (N, K) or (N, K²) of at most MAX_TOKENS rows."""
+    return _thinned(values.flatten(-module.entry_axes).flatten(0, -2)).clone()
 
 
 def start_coefficients(module: MixCoefficients) -> np.ndarray:
     """The coefficients (K,) or (K, K) that the mix had before training, by its settings."""
-    shape = tuple(module.base.shape)
+    shape = module.entry_shape
     if module.init == "identity":
         start = np.zeros(shape)
         start[module.start] = 1.0
         return start
-    return np.full(shape, module.gate_zero if module.gate else 1 / module.base.numel())
+    return np.full(shape, module.gate_zero if module.gate else 1 / math.prod(shape))
 
 
 class MixingTelemetry(L.Callback):
@@ -201,7 +213,7 @@ class MixingTelemetry(L.Callback):
         def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             assert isinstance(module, MixCoefficients)
             if name not in self._captured:  # not again for further views, nor when a checkpointed block is recomputed
-                self._captured[name] = capture(module, arguments[-1])
+                self._captured[name] = capture(module, *arguments)
 
         return see
 
@@ -267,6 +279,6 @@ def _curve(name: str, module: MixCoefficients, seen: Capture) -> Curve:
 
 
 def _pair_map(name: str, module: MixCoefficients, seen: Capture) -> PairMap:
-    mean = seen.coefficients.double().mean(0).reshape(module.base.shape).cpu().numpy()
+    mean = seen.coefficients.double().mean(0).reshape(module.entry_shape).cpu().numpy()
     start = (module.start[0], module.start[1]) if module.init == "identity" else None
     return PairMap(name, mean, module.entries, start)

@@ -38,12 +38,19 @@ def check_state(optimizer: Optimizer) -> None:
         known = parameter in group_of and isinstance(state, dict)
         fits = known and all(_fits(name, value, parameter) for name, value in state.items())
         if fits and state and isinstance(optimizer, Adam):
-            fits = state.keys() >= ADAM | ({"max_exp_avg_sq"} if group_of[parameter].get("amsgrad") else set())
+            fits = state.keys() >= _wanted(group_of[parameter])
         if not fits:
             raise UserError(
                 "the checkpoint's optimiser state does not fit the parameters; it is damaged or of another net, so "
                 "give another one"
             )
+
+
+def _wanted(group: dict[str, Any]) -> set[str]:
+    """What an Adam, or a MuonAdamW, reads from the state of a parameter."""
+    if group.get("momentum") is not None:
+        return {"step", "momentum_buffer"}
+    return ADAM | ({"max_exp_avg_sq"} if group.get("amsgrad") else set())
 
 
 def _counts(node: Any) -> Iterator[Any]:

@@ -2,40 +2,89 @@
 
 Weight decay belongs to matrices of the trunk. The coefficients of a mix (α, u, b) must not decay: learned activations
 have been judged weak because they were. They form a group of their own, with a learning-rate factor. Norms, biases,
-tokens, position tables and parameters of activations do not decay either.
+tokens, position tables and parameters of activations do not decay either. Of experts, which stack the parameters of
+several layers, each counts as what it is in one of them.
+
+Muon takes what the user's patterns name: the matrices of the trunk. Embeddings, output matrices, routers, gates and
+coefficients are none of them.
 """
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from ..errors import UserError
+from ..experts import Experts
 from ..mixing import MixCoefficients
+
+DECAYING = ("muon", "decay")  # groups whose members take weight decay
 
 
 def parameter_groups(
-    net: nn.Module, learning_rate: float, weight_decay: float, mixing_factor: float
+    net: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    mixing_factor: float,
+    muon: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Trainable parameters as the optimiser groups "decay", "no_decay" and "mixing"; empty groups are left out.
+    """Trainable parameters as the optimiser groups "muon", "decay", "no_decay" and "mixing"; empty ones are left out.
 
     Args:
         learning_rate: of the trunk.
         weight_decay: of the group "decay".
         mixing_factor: multiplies the learning rate of the coefficients of mixes.
+        muon: patterns (as of file names) for the names of the matrices in "muon".
+
+    Raises:
+        UserError: a pattern matches nothing, or what is no matrix of the trunk.
     """
     mixing = {id(p) for m in net.modules() if isinstance(m, MixCoefficients) for p in m.parameters(recurse=False)}
-    names: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "mixing": []}
+    stacked = {id(p) for m in net.modules() if isinstance(m, Experts) for p in m.parameters()}
+    orthogonal = _matched(net, muon, mixing, stacked)
+    names: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": [], "mixing": []}
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in mixing:
             names["mixing"].append(parameter)
-        elif parameter.dim() < 2 or name.endswith(("_token", "pos_embed", "last_layer.norm")):
+        elif id(parameter) in orthogonal:
+            names["muon"].append(parameter)
+        elif _axes(parameter, stacked) < 2 or name.endswith(("_token", "pos_embed", "last_layer.norm")):
             names["no_decay"].append(parameter)
         else:
             names["decay"].append(parameter)
-    rates = {"decay": learning_rate, "no_decay": learning_rate, "mixing": learning_rate * mixing_factor}
+    rates = {name: learning_rate * (mixing_factor if name == "mixing" else 1.0) for name in names}
+    decays = {name: weight_decay if name in DECAYING else 0.0 for name in names}
     return [
-        {"params": params, "name": name, "lr": rates[name], "weight_decay": weight_decay if name == "decay" else 0.0}
+        {"params": params, "name": name, "lr": rates[name], "weight_decay": decays[name]}
         for name, params in names.items()
         if params
     ]
+
+
+def _axes(parameter: nn.Parameter, stacked: set[int]) -> int:
+    """Axes of a parameter, of one expert's where it stacks those of several."""
+    return parameter.dim() - (id(parameter) in stacked)
+
+
+def _matched(net: nn.Module, patterns: Sequence[str], mixing: set[int], stacked: set[int]) -> set[int]:
+    """Ids of the trainable parameters that the patterns name."""
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    found: set[int] = set()
+    for pattern in patterns:
+        matched = {name: p for name, p in trained.items() if fnmatchcase(name, pattern)}
+        if not matched:
+            raise UserError(
+                f"optimizer.muon_parameters: '{pattern}' matches no parameter of the net, which has for instance "
+                f"{', '.join(list(trained)[:4])}; correct it or take it out"
+            )
+        for name, parameter in matched.items():
+            if id(parameter) in mixing or _axes(parameter, stacked) != 2:
+                raise UserError(
+                    f"optimizer.muon_parameters: '{pattern}' matches {name} of shape {tuple(parameter.shape)}, which "
+                    "is no matrix of the trunk; give narrower patterns"
+                )
+        found.update(id(p) for p in matched.values())
+    return found

@@ -1,7 +1,9 @@
-"""AdamW and how its learning rate moves over a run.
+"""The optimiser, AdamW alone or with Muon, and how its learning rate moves over a run.
 
 Schedules are functions of the step alone, in units of the peak: linear warm-up, then constant, linear, cosine or
-warm-up-stable-decay (WSD: constant, then linear decay over the last share of the run).
+warm-up-stable-decay (WSD: constant, then a decay over the last share of the run, linear or as one minus the root of
+the way, which Hägele et al., arXiv 2405.18392, found better). Before its decay a WSD run is a constant one, so runs of
+several lengths can be branched from checkpoints of one: docs/optimizers.md.
 """
 
 import math
@@ -13,14 +15,21 @@ from torch import nn
 
 from ..errors import UserError
 from .groups import parameter_groups
+from .muon import MuonAdamW
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and its schedule."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), or Muon with it, and the schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices that muon_parameters names and AdamW for all others"""
+    muon_parameters: tuple[str, ...] = ("*.attn.qkv.weight", "*.attn.proj.weight", "*_proj.weight")
+    """patterns (as of file names) of the parameters that Muon takes; each must match"""
+    momentum: float = 0.95
+    """of Muon"""
     lr: float = 2e-3
     """peak learning rate"""
     weight_decay: float = 0.1
@@ -39,9 +48,19 @@ class OptimizerConfig:
     """learning rate at the end, in units of lr (not for constant)"""
     decay_fraction: float = 0.2
     """share of the run in which WSD decays"""
+    decay_shape: Literal["linear", "1-sqrt"] = "linear"
+    """how WSD decays"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "muon_parameters", tuple(self.muon_parameters))
+        for name, allowed in (("name", ("adamw", "muon")), ("decay_shape", ("linear", "1-sqrt"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"optimizer.{name} is '{getattr(self, name)}'; choose from {', '.join(allowed)}")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"optimizer.momentum is {self.momentum}; give a number from 0 to below 1")
+        if self.name == "muon" and not self.muon_parameters:
+            raise UserError("optimizer.muon_parameters is empty; name matrices for Muon, or set optimizer.name to adamw")
         if self.schedule not in SCHEDULES:
             raise UserError(f"optimizer.schedule is '{self.schedule}'; choose from {', '.join(SCHEDULES)}")
         if not (self.lr > 0 and self.eps > 0 and 0 < self.decay_fraction <= 1):
@@ -71,13 +90,20 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
         left = 1 - min(progress, 1.0)
     else:
         left = min(1.0, max(0.0, total_steps - step) / max(1.0, config.decay_fraction * total_steps))
+        if config.decay_shape == "1-sqrt":
+            left = 1 - math.sqrt(1 - left)
     return config.final_lr_factor + (1 - config.final_lr_factor) * left
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig, total_steps: int) -> dict[str, Any]:
     """The optimiser and its per-step schedule, as Lightning's configure_optimizers wants them."""
-    groups = parameter_groups(net, config.lr, config.weight_decay, config.mixing_lr_factor)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_can_fuse(net))
+    patterns = config.muon_parameters if config.name == "muon" else ()
+    groups = parameter_groups(net, config.lr, config.weight_decay, config.mixing_lr_factor, patterns)
+    for group in groups:
+        if group["name"] == "muon":
+            group["momentum"] = config.momentum
+    kind: type[torch.optim.AdamW] = MuonAdamW if patterns else torch.optim.AdamW
+    optimizer = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_can_fuse(net))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total_steps, config)
     )

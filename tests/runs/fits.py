@@ -29,6 +29,7 @@ from moa_lightning import FFNConfig
 from moa_lightning.callbacks import default_callbacks
 from moa_lightning.checkpoints import RunCheckpointIO
 from moa_lightning.models import GPTConfig
+from moa_lightning.moe import MoEConfig
 from moa_lightning.optim import OptimizerConfig
 from moa_lightning.parallel import FSDPStrategy
 
@@ -43,6 +44,8 @@ STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp2"}
 HYBRID = "hsdp"  # two copies, each sharded over half of the processes
 BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
 FIRST = 5
+EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon"]
+EXPERTS_STEPS, EXPERTS_SAVED_AT = 6, 4
 LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
 CLIP = 0.5
 BACKBONE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -133,7 +136,16 @@ def gradient_norm(task: L.LightningModule) -> float:
     return float(total.sqrt())
 
 
-def make_task(task: str, ffn: str) -> tasks.Task:
+EXTRAS: dict[str, dict[str, Any]] = {
+    "": {},
+    "bias": {"moe": MoEConfig(4, 2, shared_experts=1, balance="bias", balance_bias_rate=0.01)},
+    "loss": {"moe": MoEConfig(4, 1, balance_loss_weight=0.1)},
+    "muon": {"moe": MoEConfig(4, 2), "optimizer": OptimizerConfig("muon", lr=5e-3, warmup_steps=5)},
+}
+"""options of language models beside their ffn, as fit names have them: language-<ffn>-<extra>"""
+
+
+def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
     values = yaml.safe_load((ROOT / "configs" / "ffn" / f"{ffn}.yaml").read_text())["model"]["init_args"]["ffn"]
     config = FFNConfig(**values)
     rate, decay = (2e-3, 0.2) if task == "dino" else (5e-3, 1.0)
@@ -141,7 +153,8 @@ def make_task(task: str, ffn: str) -> tasks.Task:
     vision = {"backbone": "vit_tiny_patch16_224", "backbone_args": BACKBONE, "ffn": config, "optimizer": optimizer}
     if task == "language":
         narrow = replace(config, hidden_ratio=2.0)
-        return tasks.LanguageModeling(GPTConfig(depth=2, dim=32, num_heads=2), narrow, optimizer, seed=0)
+        options = {"optimizer": optimizer, **EXTRAS[extra]}
+        return tasks.LanguageModeling(GPTConfig(depth=2, dim=32, num_heads=2), narrow, seed=0, **options)
     if task == "mae":
         return tasks.MAE(**vision, decoder_dim=32, decoder_depth=1, decoder_heads=2, seed=0)
     return tasks.DINO(
@@ -203,7 +216,7 @@ def fit(
 
     Args:
         kind: "one", "ddp" or "fsdp".
-        name: "<task>-<ffn>".
+        name: "<task>-<ffn>", or "language-<ffn>-<extra>".
         folder: for the checkpoint.
         accumulate: micro-batches of a step; the batch of a step stays the same.
         stop_at: the step at which to stop short; the schedules are those of STEPS all the same.
@@ -213,7 +226,7 @@ def fit(
         batch_size: samples of a step.
         callbacks: further ones.
     """
-    task, _, ffn = name.partition("-")
+    task, ffn, extra = (name + "-").split("-")[:3]
     recorder = Recorder(stop_at)
     used = [*callbacks, recorder, *(default_callbacks() if watched else [])]
     if save_at:
@@ -239,7 +252,7 @@ def fit(
         default_root_dir=folder,
     )
     trainer.fit(
-        make_task(task, ffn), datamodule=make_data(task, batch_size // accumulate), ckpt_path=resume, weights_only=True
+        make_task(task, ffn, extra), datamodule=make_data(task, batch_size // accumulate), ckpt_path=resume, weights_only=True
     )
     record = recorder.record
     if watched:
@@ -259,6 +272,20 @@ def program(kind: str, folder: Path) -> dict[str, Record]:
     for name in ACCUMULATED:
         watched = folder / f"{name}-accumulated"
         records[f"{name}/accumulated"] = fit(kind, name, watched, accumulate=2, stop_at=ACCUMULATED_STEPS, watched=True)
+    return records
+
+
+def experts(kind: str, folder: Path) -> dict[str, Record]:
+    """EXPERTS_STEPS steps of the fits in EXPERTS, and again from the checkpoint of step EXPERTS_SAVED_AT; of
+    the first one also in half batches."""
+    torch.set_num_threads(1)
+    records = {}
+    for name in EXPERTS:
+        records[name] = fit(kind, name, folder / name, stop_at=EXPERTS_STEPS, save_at=EXPERTS_SAVED_AT)
+        half = folder / name / "half.ckpt"
+        records[f"{name}/resumed"] = fit(kind, name, folder / name, stop_at=EXPERTS_STEPS, resume=half)
+    name = EXPERTS[0]
+    records[f"{name}/accumulated"] = fit(kind, name, folder / name, accumulate=2, stop_at=EXPERTS_STEPS)
     return records
 
 

@@ -1,0 +1,83 @@
+"""Mixtures of experts, and Muon, under one process, DDP and FSDP2: the same run, also when it is stopped and resumed.
+
+The load is counted over all processes, so the balance loss and the biases do not depend on their number. Muon enlarges
+rounding errors, so its runs only start alike.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from .fits import EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, Record, experts
+from .golden import deviation
+from .group import run_group
+
+KINDS = ("one", "ddp", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Record]]]:
+    """found(kind): what each rank saw."""
+    records: dict[str, list[dict[str, Record]]] = {}
+
+    def of(kind: str) -> list[dict[str, Record]]:
+        if kind not in records:
+            folder = tmp_path_factory.mktemp(kind)
+            records[kind] = [experts("one", folder)] if kind == "one" else run_group(kind, folder, program="experts")
+        return records[kind]
+
+    return of
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_uninterrupted_one(found, kind, name):
+    for rank in found(kind):
+        whole, resumed = rank[name], rank[f"{name}/resumed"]
+        assert len(resumed.loss) == EXPERTS_STEPS - EXPERTS_SAVED_AT
+        for curve in ("ids", "loss", "norm", "clipped", "rates"):
+            assert getattr(resumed, curve) == getattr(whole, curve)[EXPERTS_SAVED_AT:], curve
+        for key, weight in whole.weights.items():
+            assert torch.equal(resumed.weights[key], weight), key
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_are_one(found, kind, name):
+    expected = found("one")[0][name]
+    steps, near = (2, 1e-3) if name.endswith("muon") else (EXPERTS_STEPS, 1e-4)
+    for rank in found(kind):
+        assert deviation(rank[name].loss[:steps], expected.loss[:steps]) < near / 10
+        assert deviation(rank[name].norm[:steps], expected.norm[:steps]) < 10 * near
+        if not name.endswith("muon"):
+            for key, weight in expected.weights.items():
+                assert (rank[name].weights[key] - weight).norm() <= 1e-3 * weight.norm(), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_half_batches_make_the_step_of_a_whole_one(found, kind):
+    """With biases; a balance loss is taken over each micro-batch."""
+    for rank in found(kind):
+        whole, halves = rank["language-moa-bias"], rank["language-moa-bias/accumulated"]
+        assert deviation(halves.norm, whole.norm) < 1e-4
+        for key in whole.weights:
+            if key.endswith("router.bias"):
+                assert torch.equal(halves.weights[key], whole.weights[key])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_biases_move(found, kind):
+    weights = found(kind)[0]["language-moa-bias"].weights
+    biases = [value for key, value in weights.items() if key.endswith("router.bias")]
+    assert len(biases) == 2
+    assert all(bias.abs().max() > 0 for bias in biases)
+
+
+def test_fsdp_shards_the_experts(found):
+    """Half of every parameter and of the optimiser's state lies on each process."""
+    for rank in found("fsdp"):
+        for name in EXPERTS:
+            assert rank[name].shares["parameters"] < 0.52
+            assert rank[name].shares["optimizer"] < 0.52
+            assert not rank[name].plain
