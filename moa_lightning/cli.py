@@ -32,6 +32,7 @@ OWN_COMMANDS = {  # imported when they are called
     "bench": "moa_lightning.benchmarking.command:bench_command",
     "data": "data.writers:data_command",
     "export": "moa_lightning.export:export_command",
+    "generate": "moa_lightning.generate:generate_command",
     "plan": "moa_lightning.planning.command:plan_command",
     "report": "moa_lightning.reports.command:report_command",
     "theory": "moa_lightning.theory.command:theory_command",

@@ -9,6 +9,7 @@ USAGE = """usage: moa COMMAND ...
   validate   measure on held-out data:  moa validate --ckpt_path runs/mae/version_0/checkpoints/last.ckpt
   test       on the test split, once the settings are chosen
   predict    features of images, losses of texts
+  generate   text from a language model: moa generate --ckpt_path RUN/checkpoints/last.ckpt --prompt 'def '
   ablate     a grid of runs with a table and plots: moa ablate configs/grids/quickstart.yaml
   bench      what the layers cost on this machine: moa bench op step --out results
   plan       what a run needs, before it has it: moa plan -c configs/language/gpt_124m.yaml --device h100

@@ -155,7 +155,8 @@ class MixCoefficients(nn.Module):
         """Write the start that `init` names; only the paper's start of a gate is random."""
         if self.init == "identity":
             self.base.zero_()
-            self.base[(..., *self.start)] = 1.0
+            at: tuple[Any, ...] = (..., *self.start)
+            self.base[at] = 1.0
         else:
             self.base.fill_(self.gate_zero if self.gate else 1 / math.prod(self.entry_shape))
         if self.gate_weight is not None:

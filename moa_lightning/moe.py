@@ -70,7 +70,9 @@ class MoEConfig:
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise UserError(f"moe.capacity_factor is {self.capacity_factor}; give a finite number above 0, or null")
         if self.router == "expert_choice" and self.capacity_factor is None:
-            raise UserError("moe.router 'expert_choice' needs moe.capacity_factor, the mean number of experts of a token")
+            raise UserError(
+                "moe.router 'expert_choice' needs moe.capacity_factor, the mean number of experts of a token"
+            )
 
     @property
     def balances_by_bias(self) -> bool:

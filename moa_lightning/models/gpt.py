@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..experts import StackedLinear
 from ..feedforward import FeedForward, FFNConfig, flops_per_token, matched_hidden_dim, parameter_count
-from ..generation import Sampling, continuation
-from ..moe import MoE, MoEConfig, Routing, moe_flops_per_token, moe_parameter_count
+from ..moe import MoE, MoEConfig, Router, Routing, moe_flops_per_token, moe_parameter_count
+from ..sampling import Sampling, continuation
 from .init import initialize
 
 
@@ -160,9 +160,7 @@ class MoEBlock(nn.Module):
         self.norm2 = nn.RMSNorm(config.dim)
         self.mlp = MoE(config.dim, ffn, moe)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, Routing]:
         x = x + self.attn(self.norm1(x), cos, sin, cache)
         y, routing = self.mlp(self.norm2(x))
         return x + y, routing
@@ -246,8 +244,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def follow_load(self, load: Tensor) -> None:
         """Move the routers' biases after an optimiser step's load (blocks, experts) over all processes."""
-        for block, counts in zip(self.blocks, load, strict=True):
-            block.mlp.router.follow(counts, self.moe.balance_bias_rate)
+        routers = (module for module in self.modules() if isinstance(module, Router))
+        for router, counts in zip(routers, load, strict=True):
+            router.follow(counts, self.moe.balance_bias_rate)
 
     def parameter_count(self, active: bool = False, embeddings: bool = True) -> int:
         """Trainable parameters in closed form.
@@ -268,7 +267,9 @@ class GPT(nn.Module):
 
     @property
     def _hidden_dim(self) -> int:
-        return matched_hidden_dim(self.config.dim, self.ffn, round(self.ffn.hidden_ratio * self.config.dim), self.ffn.match)
+        return matched_hidden_dim(
+            self.config.dim, self.ffn, round(self.ffn.hidden_ratio * self.config.dim), self.ffn.match
+        )
 
     def flops_per_token(self) -> int:
         """Matrix-product FLOPs of one forward pass for one token at full context; causal attention counted by half."""

@@ -60,7 +60,9 @@ class OptimizerConfig:
         if not 0 <= self.momentum < 1:
             raise UserError(f"optimizer.momentum is {self.momentum}; give a number from 0 to below 1")
         if self.name == "muon" and not self.muon_parameters:
-            raise UserError("optimizer.muon_parameters is empty; name matrices for Muon, or set optimizer.name to adamw")
+            raise UserError(
+                "optimizer.muon_parameters is empty; name matrices for Muon, or set optimizer.name to adamw"
+            )
         if self.schedule not in SCHEDULES:
             raise UserError(f"optimizer.schedule is '{self.schedule}'; choose from {', '.join(SCHEDULES)}")
         if not (self.lr > 0 and self.eps > 0 and 0 < self.decay_fraction <= 1):

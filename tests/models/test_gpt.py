@@ -6,9 +6,9 @@ import torch
 
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
-from moa_lightning.generation import Sampling
 from moa_lightning.models import GPT, GPTConfig
 from moa_lightning.models.gpt import Attention, rotary_table, rotate
+from moa_lightning.sampling import Sampling
 from tests.models.nets import FFNS, assert_same_where_shapes_agree, counted_flops, fragment, shake, start
 
 SIZE = GPTConfig(depth=2, dim=24, num_heads=2)

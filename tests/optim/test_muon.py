@@ -34,7 +34,9 @@ def matrix_optimizer(weight: Tensor, **options: float) -> MuonAdamW:
 def test_newton_schulz_is_timms(shape: tuple[int, ...]) -> None:
     g = random(*shape)
     theirs = zeropower_via_newtonschulz(g, 5, [(3.4445, -4.7750, 2.0315)]).float()
-    assert (orthogonalized(g).float() - theirs).norm() < 0.06 * theirs.norm()  # bfloat16: timm's is 0.02 from float64, ours 0.03
+    assert (
+        orthogonalized(g).float() - theirs
+    ).norm() < 0.06 * theirs.norm()  # bfloat16: timm's is 0.02 from float64, ours 0.03
     values = torch.linalg.svdvals(orthogonalized(g).float())
     assert values.min() > 0.5
     assert values.max() < 1.35
@@ -111,9 +113,9 @@ def test_experts_are_in_the_groups_of_what_each_one_has() -> None:
         for group in parameter_groups(net, 1e-3, 0.1, 1.0, patterns)
     }
     mlp = "blocks.0.mlp."
-    assert {mlp + f"{part}.{name}.weight" for part in ("experts", "shared") for name in ("up_proj", "down_proj")} <= groups[
-        "muon"
-    ]
+    assert {
+        mlp + f"{part}.{name}.weight" for part in ("experts", "shared") for name in ("up_proj", "down_proj")
+    } <= groups["muon"]
     assert mlp + "experts.up_proj.bias" in groups["no_decay"]  # (E, h): a vector of each expert
     assert {mlp + "router.weight", "embed.weight", "head.weight"} <= groups["decay"]
     assert {mlp + "experts.up_mix.base", mlp + "experts.up_mix.gate_weight"} <= groups["mixing"]

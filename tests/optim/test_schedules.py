@@ -52,6 +52,19 @@ def test_wsd_stays_at_the_peak_until_the_last_share() -> None:
     assert found[76:] == pytest.approx([left / 25 for left in range(24, 0, -1)])
 
 
+def test_wsd_decays_as_one_minus_the_root_of_the_way() -> None:
+    found = factors(schedule="wsd", decay_fraction=0.25, decay_shape="1-sqrt", final_lr_factor=0.1)
+    assert found[WARMUP:76] == [1.0] * (76 - WARMUP)
+    assert found[76:] == pytest.approx([0.1 + 0.9 * (1 - math.sqrt(way / 25)) for way in range(1, 25)])
+
+
+def test_before_its_decay_a_run_of_any_length_is_the_constant_one() -> None:
+    constant = factors(total=400, schedule="constant")
+    for total in (100, 200, 400):
+        stable = round(total * 0.75) + 1
+        assert factors(total=total, schedule="wsd", decay_fraction=0.25)[:stable] == constant[:stable]
+
+
 def test_constant_stays_constant_whatever_the_final_factor() -> None:
     assert factors(schedule="constant", final_lr_factor=0.3)[WARMUP:] == [1.0] * (TOTAL - WARMUP)
 

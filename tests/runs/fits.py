@@ -252,7 +252,10 @@ def fit(
         default_root_dir=folder,
     )
     trainer.fit(
-        make_task(task, ffn, extra), datamodule=make_data(task, batch_size // accumulate), ckpt_path=resume, weights_only=True
+        make_task(task, ffn, extra),
+        datamodule=make_data(task, batch_size // accumulate),
+        ckpt_path=resume,
+        weights_only=True,
     )
     record = recorder.record
     if watched:

@@ -1,0 +1,166 @@
+"""`moa generate`: continue a text with a trained language model.
+
+The checkpoint says what the net is, the config.yaml of its run which data module turned text into tokens. One text is
+written as it comes; several (samples of a prompt, or prompts from a file, one a line) are written one after another,
+each under a line that counts them.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import UserError
+
+UNFINISHED = "\ufffd"  # what decoding makes of a character whose last bytes are still to come
+LONGEST_CHARACTER = 4  # bytes, so tokens at most
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"moa generate: {message}; moa generate --help lists the options")
+
+
+def generate_command(argv: list[str]) -> None:
+    """The command; raises UserError for a mistake in the input."""
+    options = _parser().parse_args(argv)
+    if options.max_new_tokens < 1 or options.num_samples < 1:
+        raise UserError("--max_new_tokens and --num_samples must be at least 1")
+    from .sampling import Sampling
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    prompts = _prompts(options)
+    device = _device(options.device)
+    task, data = load(options.ckpt_path, getattr(options, "import"))
+    net = task.net.eval().to(device)
+    alone = len(prompts) * options.num_samples == 1
+    for number, prompt in enumerate(prompts, start=1):
+        tokens = data.encode(prompt)
+        if not tokens:
+            raise UserError(f"prompt {number} is empty; give at least one character to continue")
+        _write(net, data, prompt, tokens, number, sampling, options, alone)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="moa generate", description=__doc__.partition("\n")[0].partition(": ")[2], allow_abbrev=False)
+    parser.add_argument(
+        "--ckpt_path", required=True, help="checkpoint of a language model: a file or a folder of shards"
+    )
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", help="text to continue")
+    given.add_argument("--prompt_file", type=Path, help="file with a prompt on each line")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add (default 200)")
+    parser.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt (default 1)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens that hold this share of probability")
+    parser.add_argument("--min_p", type=float, help="leave out tokens less than this times as likely as the likeliest")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, the same for every prompt (default 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default auto)")
+    parser.add_argument("--import", action="append", default=[], help="Python module to import first; may be repeated")
+    return parser
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompt is not None:
+        return [options.prompt]
+    try:
+        lines = options.prompt_file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file '{options.prompt_file}' cannot be read ({error}); give a text file") from error
+    if not lines:
+        raise UserError(f"--prompt_file '{options.prompt_file}' is empty; write one prompt a line")
+    return list(lines)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device '{name}' cannot be used here; choose auto or cpu") from error
+    return device
+
+
+def load(checkpoint: str, modules: list[str]) -> tuple[Any, Any]:
+    """The task with its trained net, and the data module of its run, whose data are not read.
+
+    Args:
+        checkpoint: a file or a folder of shards.
+        modules: the user's own, to be imported first.
+
+    Raises:
+        UserError: no checkpoint of a language model, or not in the folder of its run.
+    """
+    from tasks import LanguageModeling
+
+    from .cli import import_modules
+    from .configs import load_config
+    from .options import Option
+    from .run_folder import CONFIG, checkpoint_path, run_of_checkpoint
+
+    path = str(checkpoint_path(checkpoint, None))
+    run = run_of_checkpoint(path)
+    if run is None:
+        raise UserError(f"no {CONFIG} lies beside '{path}' to say how text becomes tokens; keep it in its run's folder")
+    config = load_config(str(run / CONFIG))
+    import_modules(config.content, [Option("import", name) for name in modules], [config])
+    kind, _ = _class_of(config.content, "model", path)
+    if not issubclass(kind, LanguageModeling):
+        raise UserError(f"'{path}' is of {kind.__name__}, which writes no text; give one of LanguageModeling")
+    module, arguments = _class_of(config.content, "data", path)
+    return _restored(kind, path), module(**arguments)
+
+
+def _class_of(config: dict[str, Any], key: str, path: str) -> tuple[Any, dict[str, Any]]:
+    try:
+        package, _, name = config[key]["class_path"].rpartition(".")
+        return getattr(importlib.import_module(package), name), config[key].get("init_args") or {}
+    except (KeyError, TypeError, AttributeError, ValueError, ImportError) as error:
+        raise UserError(f"the config.yaml of '{path}' names no known class for {key}; it is damaged") from error
+
+
+def _restored(kind: Any, path: str) -> Any:
+    from .checkpoints import RunCheckpointIO
+
+    content = RunCheckpointIO().load_checkpoint(path)
+    try:
+        task = kind(**{**content["hyper_parameters"], "compile": False, "activation_checkpointing": False})
+        task.configure_model()
+        task.load_state_dict(content["state_dict"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"'{path}' does not hold the net that its settings describe ({reason}); give another"
+        ) from error
+    return task
+
+
+def _write(
+    net: Any, data: Any, prompt: str, tokens: list[int], number: int, sampling: Any, options: Any, alone: bool
+) -> None:
+    import torch
+
+    from .sampling import continuation
+
+    device = next(net.parameters()).device
+    start = torch.tensor([tokens] * options.num_samples, device=device)
+    generator = torch.Generator().manual_seed(options.seed)
+    new = continuation(net, start, options.max_new_tokens, generator, sampling)
+    if not alone:
+        for sample, row in enumerate(torch.cat(list(new), dim=1).tolist(), start=1):
+            print(f"--- prompt {number}, sample {sample}\n{prompt}{data.decode(row)}", flush=True)
+        return
+    sys.stdout.write(prompt)
+    held: list[int] = []
+    for token in new:
+        held.append(int(token))
+        text = data.decode(held)
+        if not text.endswith(UNFINISHED) or len(held) >= LONGEST_CHARACTER:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            held = []
+    print(data.decode(held) if held else "", flush=True)

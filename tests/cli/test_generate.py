@@ -1,0 +1,113 @@
+"""moa generate: the same text as without a cache, streamed and in batches; mistakes in one sentence."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_lightning import generate
+from moa_lightning.sampling import Sampling
+from tests.cli.conftest import TEXT, Moa
+
+MOE = "--model.moe.experts 4 --model.moe.balance bias -c configs/ffn/moa.yaml"
+CHECKPOINT = "run/checkpoints/last.ckpt"
+
+
+@pytest.fixture
+def run(moa: Moa, words: None) -> None:
+    """A run of two steps with experts and MoA in the folder run."""
+    assert moa(f"{TEXT} {MOE} --trainer.max_steps 2 --run_dir run").code == 0
+
+
+def greedy_without_cache(prompt: str, count: int) -> str:
+    task, data = generate.load(CHECKPOINT, [])
+    text = torch.tensor([data.encode(prompt)])
+    with torch.no_grad():
+        for _ in range(count):
+            text = torch.cat([text, task.net.eval()(text)[:, -1:].argmax(-1)], dim=1)
+    return data.decode(text[0].tolist())
+
+
+def test_texts_are_those_of_the_net_and_the_seed(moa: Moa, run: None) -> None:
+    command = f"generate --ckpt_path {CHECKPOINT} --max_new_tokens 8"
+    cold = moa(f"{command} --prompt qui --temperature 0")
+    assert (cold.code, cold.err) == (0, "")
+    assert cold.out == greedy_without_cache("qui", 8) + "\n"
+    drawn = [moa(f"{command} --prompt qui --seed {seed} --top_k 50 --top_p 0.9 --min_p 0.01").out for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+    Path("prompts.txt").write_text("the\nquick é\n")
+    many = moa(f"{command} --prompt_file prompts.txt --num_samples 2 --temperature 0").out
+    for number, prompt in enumerate(("the", "quick é"), start=1):
+        for sample in (1, 2):
+            assert f"--- prompt {number}, sample {sample}\n{greedy_without_cache(prompt, 8)}" in many
+
+
+def test_mistakes_are_one_sentence(moa: Moa, run: None) -> None:
+    ask = f"generate --ckpt_path {CHECKPOINT} --prompt a"
+    Path("none.txt").touch()
+    Path("elsewhere.ckpt").write_bytes(Path(CHECKPOINT).read_bytes())
+    for line, named in (
+        ("generate --prompt a", "--ckpt_path"),
+        (f"generate --ckpt_path {CHECKPOINT}", "--prompt"),
+        (f"{ask} --top_p 2", "top_p is 2.0"),
+        (f"{ask} --temprature 1", "--temprature"),
+        (f"{ask} --max_new_tokens 0", "--max_new_tokens"),
+        (f"{ask} --max_new_tokens many", "'many'"),
+        (f"{ask} --device moon", "--device 'moon'"),
+        (f"generate --ckpt_path {CHECKPOINT} --prompt_file absent.txt", "'absent.txt'"),
+        (f"generate --ckpt_path {CHECKPOINT} --prompt_file none.txt", "'none.txt' is empty"),
+        ("generate --ckpt_path absent.ckpt --prompt a", "absent.ckpt"),
+        ("generate --ckpt_path elsewhere.ckpt --prompt a", "config.yaml"),
+    ):
+        outcome = moa(line)
+        assert outcome.code == 2, line
+        assert outcome.out == ""
+        assert outcome.err.count("\n") == 1
+        assert named in outcome.err
+
+
+def test_characters_of_several_bytes_are_not_torn(capsys: pytest.CaptureFixture[str]) -> None:
+    class Spelling:
+        context_length = 64
+
+        def __init__(self, text: str) -> None:
+            self.rest = list(text.encode())
+            self.weight = torch.zeros(1)
+
+        def parameters(self):
+            return iter([self.weight])
+
+        def new_cache(self) -> "Spelling":
+            self.length = 0
+            return self
+
+        def __call__(self, tokens: torch.Tensor, cache: "Spelling") -> torch.Tensor:
+            return torch.nn.functional.one_hot(torch.tensor([[self.rest.pop(0)]]), 256).float()
+
+    class Bytes:
+        decode = staticmethod(lambda tokens: bytes(tokens).decode(errors="replace"))
+
+    text = "aé→𝄞b"
+    options = generate._parser().parse_args(["--ckpt_path", "a", "--prompt", "x", "--max_new_tokens", "11"])
+    generate._write(Spelling(text), Bytes, "x", [1], 1, Sampling(0.0), options, alone=True)
+    assert capsys.readouterr().out == f"x{text}\n"
+
+
+def test_budgets_branch_from_one_stable_run(moa: Moa, words: None) -> None:
+    """A decay that starts from a checkpoint of a constant run ends as the run that was planned so from its start."""
+    common = f"{TEXT} -c configs/ffn/la.yaml --model.optimizer.warmup_steps 2 --trainer.val_check_interval 100"
+    wsd = "--model.optimizer.schedule wsd --model.optimizer.decay_fraction 0.5 --model.optimizer.decay_shape 1-sqrt"
+    stable = "--model.optimizer.schedule constant --trainer.max_steps 20 --run_dir stable"
+    kept = "--checkpoint.every_n_train_steps 2 --checkpoint.save_top_k -1"
+    assert moa(f"{common} {stable} {kept}").code == 0
+    for steps in (8, 12):
+        start = f"stable/checkpoints/step{steps // 2:07d}.ckpt"
+        outcome = moa(f"{common} {wsd} --trainer.max_steps {steps} --run_dir branch{steps} --ckpt_path {start}")
+        assert outcome.code == 0, outcome.err
+        assert moa(f"{common} {wsd} --trainer.max_steps {steps} --run_dir whole{steps}").code == 0
+        branch, whole = (
+            torch.load(f"{name}{steps}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+            for name in ("branch", "whole")
+        )
+        assert all(torch.equal(branch[name], whole[name]) for name in whole)
