@@ -1,5 +1,6 @@
 """Next-token prediction with a GPT; held-out text is judged by loss, perplexity and bits per byte."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_lightning import FFNConfig
+from moa_lightning.errors import UserError
 from moa_lightning.evaluation import TextMetrics
+from moa_lightning.losses.language import IGNORED
 from moa_lightning.models import GPT, GPTConfig
 from moa_lightning.moe import MoEConfig, balance_loss
 from moa_lightning.optim import OptimizerConfig
@@ -29,11 +32,13 @@ class LanguageModeling(Task):
         context_length: longest input in tokens; None: the data's.
         seed: of the initial weights; None: the run's seed.
         compile: compile each transformer block.
+        loss_chunk: tokens whose logits exist at a time, which saves memory where the vocabulary is large; None: all.
+        z_loss_weight: of the mean squared logarithm of the softmax's normaliser (1e-4 in PaLM).
         activation_checkpointing: recompute each block in the backward pass instead of storing its activations;
             "selective" keeps its matrix products and attention and recomputes the rest.
     """
 
-    forward_methods = ("generate",)
+    forward_methods = ("generate", "losses")
 
     def __init__(
         self,
@@ -46,6 +51,8 @@ class LanguageModeling(Task):
         compile: bool = False,
         activation_checkpointing: Recompute = False,
         moe: MoEConfig = MoEConfig(),  # noqa: B008
+        loss_chunk: int | None = None,
+        z_loss_weight: float = 0.0,
     ) -> None:
         super().__init__(optimizer, seed, compile, activation_checkpointing)
         self.gpt, self.ffn = as_config(GPTConfig, gpt), as_config(FFNConfig, ffn)
@@ -60,7 +67,15 @@ class LanguageModeling(Task):
             compile=compile,
             activation_checkpointing=activation_checkpointing,
             moe=self.moe,
+            loss_chunk=loss_chunk,
+            z_loss_weight=z_loss_weight,
         )
+        if (loss_chunk is not None and loss_chunk < 1) or not 0 <= z_loss_weight < math.inf:
+            raise UserError(
+                f"model.loss_chunk is {loss_chunk} and model.z_loss_weight {z_loss_weight}; give at least 1 token (or "
+                "null), and a finite weight of at least 0"
+            )
+        self.loss_chunk, self.z_loss_weight = loss_chunk, z_loss_weight
         self._load: Tensor | None = None  # of the experts since the last optimiser step, over all processes
         self.val_metrics, self.test_metrics = TextMetrics(), TextMetrics()
 
@@ -73,8 +88,14 @@ class LanguageModeling(Task):
         return self.net(tokens)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        loss = self._nll(batch).sum() / (batch["targets"] >= 0).sum()
+        counted = (batch["targets"] >= 0).sum()
+        nll, normalizer = self._losses(batch)
+        loss = nll.sum() / counted
         self.log("train/loss", loss.detach(), sync_dist=True)
+        if self.z_loss_weight:
+            z_loss = normalizer.square().sum() / counted
+            self.log("train/z_loss", z_loss.detach(), sync_dist=True)
+            loss = loss + self.z_loss_weight * z_loss
         return loss + self._router_loss() if self.moe.experts else loss
 
     def _router_loss(self) -> Tensor:
@@ -97,10 +118,20 @@ class LanguageModeling(Task):
             self.net.follow_load(self._load)
         self._load = None
 
+    def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood and log normaliser per target in nats, float32 (B, T); 0 where it does not count (the
+        normaliser also where nothing asks for it)."""
+        tokens, targets = batch["tokens"], batch["targets"]
+        if self.loss_chunk is not None:
+            return self.net.losses(tokens, targets, self.loss_chunk)
+        logits = self.net(tokens).float()
+        nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+        if not self.z_loss_weight:
+            return nll, torch.zeros_like(nll)
+        return nll, logits.logsumexp(-1).masked_fill(targets == IGNORED, 0.0)
+
     def _nll(self, batch: dict[str, Any]) -> Tensor:
-        """Negative log-likelihood per target in nats, float32 (B, T); 0 where the target does not count."""
-        logits = self.net(batch["tokens"]).float()
-        return F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none", ignore_index=-100)
+        return self._losses(batch)[0]
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         self._evaluate(self.val_metrics, batch)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..experts import StackedLinear
 from ..feedforward import FeedForward, FFNConfig, flops_per_token, matched_hidden_dim, parameter_count
+from ..losses.language import chunked_losses
 from ..moe import MoE, MoEConfig, Router, Routing, moe_flops_per_token, moe_parameter_count
 from ..sampling import Sampling, continuation
 from .init import initialize
@@ -220,6 +221,14 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Tokens int64 (B, T) -> logits (B, T, vocab_size); with a cache, T further tokens of a text already read."""
+        return self.head(self._features(tokens, cache))
+
+    def losses(self, tokens: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        """Of tokens int64 (B, T): see losses.language.chunked_losses."""
+        return chunked_losses(self._features(tokens), self.head, targets, chunk)
+
+    def _features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the output matrix reads, (B, T, d)."""
         before = 0 if cache is None else cache.length
         length = before + tokens.shape[1]
         if length > self.context_length:
@@ -235,7 +244,7 @@ class GPT(nn.Module):
             else:
                 x = out
         self.routing = Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True))) if routings else None
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def new_cache(self) -> Cache:
         """An empty one, with room for the context length."""

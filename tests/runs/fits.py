@@ -139,7 +139,7 @@ def gradient_norm(task: L.LightningModule) -> float:
 EXTRAS: dict[str, dict[str, Any]] = {
     "": {},
     "bias": {"moe": MoEConfig(4, 2, shared_experts=1, balance="bias", balance_bias_rate=0.01)},
-    "loss": {"moe": MoEConfig(4, 1, balance_loss_weight=0.1)},
+    "loss": {"moe": MoEConfig(4, 1, balance_loss_weight=0.1), "loss_chunk": 50, "z_loss_weight": 1e-3},
     "muon": {"moe": MoEConfig(4, 2), "optimizer": OptimizerConfig("muon", lr=5e-3, warmup_steps=5)},
 }
 """options of language models beside their ffn, as fit names have them: language-<ffn>-<extra>"""
