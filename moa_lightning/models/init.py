@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ..experts import StackedLinear
 from ..mixing import FixedActivation, MixCoefficients
 from ..moe import Router
 from ..random import named_seed
 
 Rule = Callable[[nn.Module, str, Tensor, torch.Generator], None]
 
-MATRICES = (nn.Linear, nn.Conv2d, nn.Embedding)  # every rule writes what these hold
+MATRICES = (nn.Linear, nn.Conv2d, nn.Embedding, StackedLinear)  # every rule writes what these hold
 NOTE = "_draws"  # attribute of a module: parameter name -> function that draws its value into a tensor
 
 
