@@ -253,7 +253,9 @@ def test_precision_auto_says_what_it_chose(moa: Moa, monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("words")
 def test_without_a_word_about_precision_it_is_bfloat16_where_the_processor_has_it(moa: Moa, monkeypatch) -> None:
     monkeypatch.setattr("moa_lightning.configs.cpu_has_bf16", lambda: True)
-    outcome = moa(f"{TEXT} --trainer.max_steps 1 --run_dir run")
+    large = TEXT.replace("gpt_tiny", "gpt_124m")  # the tiny one asks for float32
+    small = "--model.gpt.dim 32 --model.gpt.num_heads 2 --model.compile false --trainer.accumulate_grad_batches 1"
+    outcome = moa(f"{large} {small} --data.num_workers 0 --trainer.max_steps 1 --run_dir run")
     assert "SingleDevice, precision bf16-mixed" in outcome.out
     assert yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
 
