@@ -39,6 +39,7 @@ class Samples(Dataset[dict[str, Any]], ABC):
     """
 
     training: bool  # whether a sample in the place of a bad one counts
+    ordered = False  # whether an epoch sees the samples in the order of their numbers, because that is already mixed
     on_bad_sample: OnBadSample = "raise"
 
     def __init__(self, seed: int) -> None:
@@ -187,6 +188,7 @@ class DataModule(L.LightningDataModule, ABC):
             world_size,
             self.shuffle_block,
             self._position if self.trainer is not None else None,
+            self.splits["train"].ordered,
         )
         return self._loader(self.splits["train"], sampler)
 

@@ -37,14 +37,23 @@ class Corpus(NamedTuple):
     bad: list[str]
 
 
-def stdlib_documents() -> list[Document]:
+def stdlib_files() -> list[Path]:
     """The .py files of the running interpreter's standard library, without packages of others and without tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
     paths: list[Path] = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(_library()):
         subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
-    return _read([(path.relative_to(root).as_posix(), path) for path in paths])
+    return sorted(paths)
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def stdlib_documents() -> list[Document]:
+    """The files of `stdlib_files`."""
+    root = _library()
+    return _read([(path.relative_to(root).as_posix(), path) for path in stdlib_files()])
 
 
 def file_documents(source: str | Sequence[str]) -> list[Document]:
@@ -53,12 +62,17 @@ def file_documents(source: str | Sequence[str]) -> list[Document]:
     Raises:
         UserError: a path does not exist, or there is nothing in it.
     """
-    patterns = [source] if isinstance(source, str) else list(source)
+    paths = expand_files([source] if isinstance(source, str) else source)
+    base = Path(os.path.commonpath([path.parent for path in paths]))
+    return _read([(path.relative_to(base).as_posix(), path) for path in paths])
+
+
+def expand_files(patterns: Sequence[str]) -> list[Path]:
+    """The files that paths, folders and globs name, each once, sorted. Errors as in `file_documents`."""
     paths = sorted({path.resolve() for pattern in patterns for path in _expand(pattern)})
     if not paths:
         raise UserError("no text files were given: name a file, a folder or a glob")
-    base = Path(os.path.commonpath([path.parent for path in paths]))
-    return _read([(path.relative_to(base).as_posix(), path) for path in paths])
+    return paths
 
 
 def read_corpus(source: str | Sequence[str], encoding: Encoding = "bytes", on_bad: OnBadSample = "raise") -> Corpus:

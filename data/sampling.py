@@ -52,6 +52,7 @@ class TrainBatches(Sampler[list[Key]]):
         block: see `epoch_order`.
         position: called with the number of batches in an epoch at the start of every pass, returns (epoch, first
             batch). Without it the pass is the one chosen with `set_epoch`.
+        ordered: take the samples by number instead of shuffled.
 
     Raises:
         UserError: the batch is larger than the data, or cannot be shared equally.
@@ -66,11 +67,12 @@ class TrainBatches(Sampler[list[Key]]):
         world_size: int = 1,
         block: int = 0,
         position: Callable[[int], Key] | None = None,
+        ordered: bool = False,
     ) -> None:
         check_batch_size(size, batch_size, world_size)
         self.size, self.global_batch, self.seed, self.block = size, batch_size, seed, block
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self.position = position
+        self.position, self.ordered = position, ordered
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -85,7 +87,7 @@ class TrainBatches(Sampler[list[Key]]):
         if self.position is not None:
             self.set_epoch(*self.position(len(self)))
         epoch = self.epoch
-        order = epoch_order(self.size, self.seed, epoch, self.block)
+        order = torch.arange(self.size) if self.ordered else epoch_order(self.size, self.seed, epoch, self.block)
         for batch in range(self.start, len(self)):
             indices = order[batch * self.global_batch :][: self.global_batch]
             yield [(epoch, index) for index in indices[self.share].tolist()]

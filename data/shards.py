@@ -110,7 +110,7 @@ class ShardIndex:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.stamp = size, changed = _stamp(os.stat(path))
+        self.stamp = size, changed = stamp_of(os.stat(path))
         stamp = {"version": VERSION, "size": size, "mtime_ns": changed}
         places = [Path(f"{path}.index.json"), _cache_folder() / f"{_path_digest(path)}.index.json"]
         stored = next((records for place in places if (records := _load(place, stamp))), None)
@@ -276,7 +276,7 @@ class ShardMembers:
         stop = length if stop is None else stop
         shard = int(self.shard[number])
         with reading(self.paths[shard], lambda: self.name(number)):
-            file = _open(self.paths[shard], self.stamps[shard])
+            file = open_unchanged(self.paths[shard], self.stamps[shard])
             content = os.pread(file.fileno(), stop - start, offset + start) if file else b""
         if file is None or len(content) < stop - start:
             what = "was changed" if file is None else "was cut off"
@@ -306,12 +306,12 @@ class ShardMembers:
 
 
 @lru_cache(maxsize=64)
-def _open(path: str, stamp: Stamp) -> BinaryIO | None:
+def open_unchanged(path: str, stamp: Stamp) -> BinaryIO | None:
     """An open shard, None where it is not the one that was indexed.
 
     Positioned reads leave no state in it, so processes that were forked can share it.
     """
-    return open(path, "rb", buffering=0) if _stamp(os.stat(path)) == stamp else None
+    return open(path, "rb", buffering=0) if stamp_of(os.stat(path)) == stamp else None
 
 
 @lru_cache(maxsize=1)
@@ -324,5 +324,5 @@ def _keys(path: str, stamp: Stamp) -> list[str]:
     return [record.key for record in index.records] if index.stamp == stamp else []
 
 
-def _stamp(status: os.stat_result) -> Stamp:
+def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_size, status.st_mtime_ns

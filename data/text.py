@@ -1,12 +1,13 @@
-"""Text as bytes: windows of a fixed context over one long byte string, and the data module for plain files.
+"""Windows of a fixed context over one long string of tokens, and the data module for plain files as bytes.
 
-A token is a byte (vocabulary of 256), so nothing has to be trained or shipped, any file is legal and bits per byte is
-the loss divided by ln 2. Documents are joined by a NUL byte. Training windows do not overlap; where the first one
-starts is drawn anew for each epoch, so that the model does not always see the same cuts. Evaluation starts at byte 0
-and counts every byte after the first exactly once.
+With bytes (a vocabulary of 256) nothing has to be trained or shipped, any file is legal and bits per byte is the loss
+divided by ln 2; documents are then joined by a NUL byte. Training windows do not overlap; where the first one starts is
+drawn anew for each epoch, so that the model does not always see the same cuts. Evaluation starts at token 0 and counts
+every token after the first exactly once.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol, get_args
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from data.base import EVAL_SEED, DataModule, Samples
 from data.documents import Encoding, corpus_sha256, read_corpus, split_documents
 from data.faults import BAD, OnBadSample
+from data.tokenizer import BYTES, Tokenizer, open_tokenizer
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
 
@@ -23,17 +25,22 @@ SEPARATOR = b"\0"
 IGNORED = -100
 
 
-class ByteSource(Protocol):
-    """A long byte string that is read in pieces."""
+class TokenSource(Protocol):
+    """A long string of tokens that is read in pieces."""
+
+    unit: str
+    """what its tokens are called in messages"""
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Bytes start..stop-1 as uint8 (stop - start,)."""
+        """Tokens start..stop-1, integers (stop - start,)."""
 
 
 class MemoryBytes:
     """A byte string in memory."""
+
+    unit = "bytes"
 
     def __init__(self, content: bytes) -> None:
         self.content = np.frombuffer(content, dtype=np.uint8)
@@ -46,14 +53,14 @@ class MemoryBytes:
 
 
 class Windows(Samples):
-    """Windows of `context_length` tokens and their next tokens over a byte source.
+    """Windows of `context_length` tokens and their next tokens over a token source.
 
     Subclasses set `count`, the number of windows, and say where each one lies.
     """
 
     count: int
 
-    def __init__(self, source: ByteSource, context_length: int, seed: int) -> None:
+    def __init__(self, source: TokenSource, context_length: int, seed: int) -> None:
         super().__init__(seed)
         self.source, self.context_length = source, context_length
 
@@ -75,17 +82,17 @@ class TrainWindows(Windows):
 
     training = True
 
-    def __init__(self, source: ByteSource, context_length: int, seed: int) -> None:
+    def __init__(self, source: TokenSource, context_length: int, seed: int) -> None:
         super().__init__(source, context_length, seed)
         if len(source) <= context_length:
             raise UserError(
-                f"the training text has {len(source)} bytes, but context_length {context_length} needs at least "
-                f"{context_length + 1}: give more text or a shorter context"
+                f"the training text has {len(source)} {source.unit}, but context_length {context_length} needs at "
+                f"least {context_length + 1}: give more text or a shorter context"
             )
         self.count = max(1, (len(source) - 1) // context_length - 1)
 
     def offset(self, epoch: int) -> int:
-        """First byte of window 0."""
+        """First token of window 0."""
         spare = len(self.source) - 1 - self.count * self.context_length
         return named_seed(self.seed, f"offset of epoch {epoch}") % min(spare + 1, self.context_length)
 
@@ -96,7 +103,7 @@ class TrainWindows(Windows):
 
 
 class EvalWindows(Windows):
-    """Windows for evaluation: from byte 0 to the end, the last one filled up with targets that are not counted.
+    """Windows for evaluation: from token 0 to the end, the last one filled up with targets that are not counted.
 
     Args:
         limit: at most so many windows, evenly spaced over the text; None takes all.
@@ -104,7 +111,7 @@ class EvalWindows(Windows):
 
     training = False
 
-    def __init__(self, source: ByteSource, context_length: int, seed: int, limit: int | None = None) -> None:
+    def __init__(self, source: TokenSource, context_length: int, seed: int, limit: int | None = None) -> None:
         super().__init__(source, context_length, seed)
         self.windows = -(-(len(source) - 1) // context_length)
         self.count = self.windows if limit is None else min(limit, self.windows)
@@ -118,7 +125,7 @@ class EvalWindows(Windows):
 
 
 class TextModule(DataModule):
-    """Base of the text modules: bytes as tokens.
+    """Base of the text modules, with bytes as tokens where a subclass names no other tokenizer.
 
     Args:
         context_length: tokens in a sample.
@@ -126,8 +133,6 @@ class TextModule(DataModule):
         max_test_samples: the same for testing.
         encoding: "bytes" takes documents as they are, "utf-8" takes one that is not for a bad sample.
     """
-
-    vocab_size = 256
 
     def __init__(
         self,
@@ -153,20 +158,31 @@ class TextModule(DataModule):
         self.max_val_samples, self.max_test_samples = max_val_samples, max_test_samples
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns text into tokens."""
+        return open_tokenizer(BYTES)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return len(self.tokenizer.pieces)
+
+    @cached_property
     def token_bytes(self) -> Tensor:
-        """Bytes that each token stands for: int64 (vocab_size,)."""
-        return torch.ones(self.vocab_size, dtype=torch.int64)
+        """Bytes that each token stands for: int64 (vocab_size,), 0 for special tokens."""
+        return torch.tensor([len(piece) for piece in self.tokenizer.pieces])
 
     def encode(self, text: str) -> list[int]:
         """Text to tokens."""
-        return list(text.encode())
+        return self.tokenizer.encode([text.encode()])[0].tolist()
 
     def decode(self, tokens: list[int]) -> str:
-        """Tokens to text; bytes that are not UTF-8 become replacement characters."""
-        return bytes(tokens).decode("utf-8", errors="replace")
+        """Tokens to text without the special ones; bytes that are not UTF-8 become replacement characters."""
+        pieces = self.tokenizer.pieces
+        return b"".join(pieces[token] for token in tokens).decode("utf-8", errors="replace")
 
-    def windows(self, sources: dict[str, ByteSource]) -> dict[str, Samples]:
-        """The splits over their byte strings; val and test are left out where they have no byte to predict."""
+    def windows(self, sources: dict[str, TokenSource]) -> dict[str, Samples]:
+        """The splits over their tokens; val and test are left out where they have no token to predict."""
         splits: dict[str, Samples] = {"train": TrainWindows(sources["train"], self.context_length, self.seed)}
         for split, limit in (("val", self.max_val_samples), ("test", self.max_test_samples)):
             if split in sources and len(sources[split]) > 1:

@@ -8,11 +8,13 @@ from data.base import Samples
 from data.documents import NO_UTF8, Encoding, invalid_utf8
 from data.faults import BadSample, OnBadSample
 from data.shards import ShardMembers, expand
-from data.text import ByteSource, TextModule
+from data.text import TextModule, TokenSource
 
 
 class ShardBytes:
     """The documents of several shards as one byte string, joined by NUL, of which only asked pieces are read."""
+
+    unit = "bytes"
 
     def __init__(self, members: ShardMembers, encoding: Encoding = "bytes") -> None:
         self.members, self.encoding = members, encoding
@@ -107,7 +109,7 @@ class TextShards(TextModule):
 
     def build(self) -> dict[str, Samples]:
         members = self._members()
-        sources: dict[str, ByteSource] = {name: ShardBytes(part, self.encoding) for name, part in members.items()}
+        sources: dict[str, TokenSource] = {name: ShardBytes(part, self.encoding) for name, part in members.items()}
         self._described = {
             "source": ", ".join(str(value) for value in self.patterns.values()),
             "shards": sum(len(part.paths) for part in members.values()),

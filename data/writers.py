@@ -1,11 +1,10 @@
-"""`moa data`: write images or text as WebDataset shards, split and shuffled, ready for ImageShards and TextShards.
+"""Images or text as WebDataset shards, split and shuffled, ready for ImageShards and TextShards.
 
 Shards are written into a folder with a temporary name, which gets its own name when everything is there; so a folder
 that exists is complete. Training samples are shuffled once on writing, because shards are read in blocks of neighbours.
 Time stamps are zero: the same input gives the same bytes.
 """
 
-import argparse
 import os
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from torchvision.io import encode_png
 
 from data.documents import Document, read_corpus, split_documents
 from data.image_base import LabelledImages
-from data.image_sources import FOLDER_TRAITS, TRAITS, FileImages
+from data.image_sources import FileImages
 from data.images import Images
 from data.transforms import Transform, plain_view
 from moa_lightning.errors import UserError
@@ -107,7 +106,7 @@ def _write(out: str, splits: Mapping[str, Iterable[Sample]], samples_per_shard: 
 
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard is {samples_per_shard} but must be at least 1")
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         for split, samples in splits.items():
             pattern = str(folder / split).replace("%", "%%") + "-%06d.tar"
             with ShardWriter(pattern, maxcount=samples_per_shard, verbose=0, encoder=False, mtime=0) as writer:
@@ -117,7 +116,7 @@ def _write(out: str, splits: Mapping[str, Iterable[Sample]], samples_per_shard: 
 
 
 @contextmanager
-def _new_folder(out: str) -> Iterator[Path]:
+def new_folder(out: str) -> Iterator[Path]:
     """A temporary folder that becomes `out` if all goes well and vanishes otherwise."""
     target = Path(out).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -138,53 +137,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def data_command(argv: list[str]) -> None:
-    """The command `moa data`: `images` or `text`, each with --help."""
-    options = vars(_parser().parse_args(argv))
-    kind = options.pop("kind")
-    if kind == "text":
-        _report("TextShards", write_text_shards(**options), {})
-        return
-    shards = write_image_shards(**options)
-    traits = TRAITS.get(options["source"], FOLDER_TRAITS)._asdict()
-    if options["image_size"]:
-        traits["image_size"] = options["image_size"]
-    _report("ImageShards", shards, traits)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moa data", description="Write WebDataset shards.")
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    images = kinds.add_parser("images", help="images and class numbers")
-    text = kinds.add_parser("text", help="documents")
-    images.add_argument("--source", required=True, help="mnist5k, fashion_mnist, cifar10 or a folder of images")
-    images.add_argument("--image_size", type=int, help="resize and crop to so many pixels (default: as they are)")
-    images.add_argument("--root", help="folder of the local copy of Fashion-MNIST or CIFAR-10")
-    text.add_argument("--source", required=True, nargs="+", help="stdlib, or files, folders and globs")
-    for command, fraction in ((images, 0.15), (text, 0.05)):
-        command.add_argument("--out", required=True, help="folder to write; must not exist or be empty")
-        command.add_argument("--samples_per_shard", type=int, default=1000, help="samples in a shard (default: 1000)")
-        for split in ("val", "test"):
-            help_ = f"share of the {split} split where the source has none (default: {fraction})"
-            command.add_argument(f"--{split}_fraction", type=float, default=fraction, help=help_)
-        command.add_argument("--split_seed", type=int, default=0, help="of split and order (default: 0)")
-    return parser
-
-
-def _report(module: str, shards: dict[str, list[Path]], traits: dict[str, object]) -> None:
-    """Print what was written and the options that train with it."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("split", "shards", "MB")
-    options = [f"--data {module}"]
-    for split, paths in shards.items():
-        table.add_row(split, str(len(paths)), f"{sum(path.stat().st_size for path in paths) / 1e6:.1f}")
-        options.append(f"--data.{split} '{paths[0].parent / f'{split}-*.tar'}'")
-    for name, value in traits.items():
-        options.append(f"--data.{name} '{list(value)}'" if isinstance(value, tuple) else f"--data.{name} {value}")
-    console = Console()
-    console.print(table)
-    console.print("train with: " + " ".join(options), soft_wrap=True, highlight=False)

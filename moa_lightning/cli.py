@@ -30,7 +30,7 @@ LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 OWN_COMMANDS = {  # imported when they are called
     "ablate": "moa_lightning.experiments.command:ablate_command",
     "bench": "moa_lightning.benchmarking.command:bench_command",
-    "data": "data.writers:data_command",
+    "data": "data.command:data_command",
     "export": "moa_lightning.export:export_command",
     "generate": "moa_lightning.generate:generate_command",
     "plan": "moa_lightning.planning.command:plan_command",

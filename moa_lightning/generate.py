@@ -112,7 +112,17 @@ def load(checkpoint: str, modules: list[str]) -> tuple[Any, Any]:
     if not issubclass(kind, LanguageModeling):
         raise UserError(f"'{path}' is of {kind.__name__}, which writes no text; give one of LanguageModeling")
     module, arguments = _class_of(config.content, "data", path)
-    return _restored(kind, path), module(**arguments)
+    return _restored(kind, path), module(**{name: _instance(value, path) for name, value in arguments.items()})
+
+
+def _instance(value: Any, path: str) -> Any:
+    """An argument, with objects where the config names classes (the sources of a mixture)."""
+    if not isinstance(value, dict):
+        return value
+    if "class_path" not in value:
+        return {name: _instance(item, path) for name, item in value.items()}
+    kind, arguments = _class_of({"argument": value}, "argument", path)
+    return kind(**{name: _instance(item, path) for name, item in arguments.items()})
 
 
 def _class_of(config: dict[str, Any], key: str, path: str) -> tuple[Any, dict[str, Any]]:

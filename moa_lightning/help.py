@@ -14,7 +14,7 @@ USAGE = """usage: moa COMMAND ...
   bench      what the layers cost on this machine: moa bench op step --out results
   plan       what a run needs, before it has it: moa plan -c configs/language/gpt_124m.yaml --device h100
   theory     what separates fixed activations, LA and MoA, computed: moa theory
-  data       write WebDataset shards:  moa data images --source fashion_mnist --out shards
+  data       write WebDataset shards, train a tokenizer, write token files:  moa data tokens --source stdlib --out DIR
   export     the weights as one file:  moa export --ckpt_path RUN/checkpoints/last.ckpt --out mae.safetensors
 
 moa COMMAND --help lists the options of a command.
@@ -50,8 +50,9 @@ what is trained (--model.*)
   --model.compile true            compile the blocks (pays off in runs of more than a few minutes)
 
 on what (--data.*)
-  --data MODULE                   TextFiles, TextShards, Images, ImageShards; moa fit --data.help Images lists its
-  --data.source PATH              where from (TextFiles, Images)
+  --data MODULE                   TextFiles, TextShards, TokenFiles, Mixture, Images or ImageShards; moa fit --data.help
+                                  Images lists the options of one
+  --data.source PATH              where from (TextFiles, TokenFiles, Images)
   --data.batch_size N             samples in a batch, over all devices together
 
 how long (--trainer.*)

@@ -78,6 +78,7 @@ class LanguageModeling(Task):
         self.loss_chunk, self.z_loss_weight = loss_chunk, z_loss_weight
         self._load: Tensor | None = None  # of the experts since the last optimiser step, over all processes
         self.val_metrics, self.test_metrics = TextMetrics(), TextMetrics()
+        self._by_source: dict[int, TextMetrics] = {}  # of a mixture's sources, while it is evaluated
 
     def build(self, seed: int) -> nn.Module:
         sizes = self.from_data("vocab_size"), self.from_data("context_length")
@@ -134,19 +135,27 @@ class LanguageModeling(Task):
         return self._losses(batch)[0]
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        self._evaluate(self.val_metrics, batch)
+        self._evaluate("val", self.val_metrics, batch)
 
     def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        self._evaluate(self.test_metrics, batch)
+        self._evaluate("test", self.test_metrics, batch)
 
     def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """The mean loss in nats of each sample, with its id."""
         counted = (batch["targets"] >= 0).sum(1)
         return {"id": batch["id"], "loss": self._nll(batch).sum(1) / counted}
 
-    def _evaluate(self, metrics: TextMetrics, batch: dict[str, Any]) -> None:
-        token_bytes = self.trainer.datamodule.token_bytes  # type: ignore[attr-defined]
-        metrics.update(self._nll(batch), batch["targets"], token_bytes)
+    def _evaluate(self, split: str, metrics: TextMetrics, batch: dict[str, Any]) -> None:
+        data, targets = self.trainer.datamodule, batch["targets"]  # type: ignore[attr-defined]
+        nll = self._nll(batch)
+        metrics.update(nll, targets, data.token_bytes)
+        if "source" not in batch:
+            return
+        if not self._by_source:
+            self._by_source = {number: TextMetrics().to(self.device) for number in data.source_names(split)}
+        for number, own in self._by_source.items():  # all of them on every rank, as they are added over processes
+            others = (batch["source"] != number)[:, None]
+            own.update(nll, targets.masked_fill(others, IGNORED), data.token_bytes)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val", self.val_metrics)
@@ -157,6 +166,12 @@ class LanguageModeling(Task):
     def _report(self, split: str, metrics: TextMetrics) -> None:
         values = metrics.compute()  # sums over all processes: every rank logs the same
         metrics.reset()
+        for number, own in self._by_source.items():
+            name = self.trainer.datamodule.source_names(split)[number]  # type: ignore[attr-defined]
+            loss = own.compute()["loss"]
+            if not loss.isnan():  # a short validation may not reach a source
+                values[f"loss_{name}"] = loss
+        self._by_source = {}
         for name, value in values.items():
             self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "loss", sync_dist=True)
 
@@ -174,4 +189,4 @@ class LanguageModeling(Task):
         generator = torch.Generator().manual_seed(0)
         with self.trainer.precision_plugin.forward_context():
             tokens = self.net.generate(prompt, SAMPLE_TOKENS, generator)
-        return {"sample": data.decode(tokens[0].tolist()[1:])}
+        return {"sample": data.decode(tokens[0, prompt.shape[1] :].tolist())}

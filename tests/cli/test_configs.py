@@ -25,14 +25,14 @@ def names(folder: str) -> list[str]:
 FFN, TRAINER = names("ffn"), names("trainer")
 PAIRS = [
     (task, data)
-    for kind, modules in (("vision", ("Images", "ImageShards")), ("language", ("TextFiles", "TextShards")))
+    for kind, modules in (("vision", ("Images", "ImageShards")), ("language", ("TextFiles", "TextShards", "TokenFiles", "Mixture")))
     for task in names(kind)
     for data in names("data")
     if yaml.safe_load((ROOT / data).read_text())["data"]["class_path"].removeprefix("data.") in modules
 ]
 
 
-LEFT_OPEN = ("image_folder", "text_files")
+LEFT_OPEN = ("image_folder", "text_files", "token_files")
 
 
 def test_every_combination_of_fragments_names_existing_options_only() -> None:
@@ -49,6 +49,7 @@ def test_every_combination_of_fragments_names_existing_options_only() -> None:
 REQUIRED = {
     "image_folder": "--data.source x",
     "text_files": "--data.source x",
+    "token_files": "--data.source x",
     "image_shards": "--data.train a.tar --data.val b.tar",
     "text_shards": "--data.train a.tar --data.val b.tar",
 }

@@ -5,9 +5,10 @@ import torch
 import webdataset
 
 from data import Images, ImageShards, TextShards
+from data.command import data_command
 from data.documents import split_documents, stdlib_documents
 from data.text import SEPARATOR
-from data.writers import data_command, write_image_shards, write_text_shards
+from data.writers import write_image_shards, write_text_shards
 from moa_lightning.errors import UserError
 
 

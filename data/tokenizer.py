@@ -1,0 +1,195 @@
+"""Tokenizers: bytes, a byte-level BPE that is trained here, and any tokenizer.json whose tokens are pieces of text.
+
+Every token id has its bytes, read from the vocabulary once: decoding joins them, and their lengths make bits per byte
+right for any tokenizer. So a tokenizer that throws text away (lower case, lost spaces) is refused. Two families say
+their bytes: byte-level ones (GPT-2, Llama 3: a character of a token stands for one byte) and SentencePiece's (Llama 2:
+a low line for a space, <0x0A> for a byte). The name of a special token that stands in a text is text like any other.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from moa_lightning.errors import UserError
+
+BYTES = "bytes"
+END_OF_TEXT = "<|endoftext|>"
+# what tokenizers call the token between two texts, by falling rank
+_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
+_SPACE = "\u2581"  # SentencePiece's space
+LEAST_BPE = 257  # bytes and the end of text
+MOST_TOKENS = 2**24
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    name: str
+    """"bytes", or the file"""
+    sha256: str
+    """tells whether two tokenizers are the same"""
+    pieces: list[bytes]
+    """the bytes of each token id; none for special tokens"""
+    separator: int
+    """token between two documents"""
+    needs_text: bool
+    """whether documents must be UTF-8"""
+
+    def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Token ids of each text, int64 (n,); the texts are UTF-8 where the tokenizer needs that."""
+
+
+class ByteTokenizer:
+    """A token is a byte; documents are separated by NUL, which counts as the byte that it is."""
+
+    name = BYTES
+    sha256 = BYTES
+    separator = 0
+    needs_text = False
+
+    def __init__(self) -> None:
+        self.pieces = [bytes([value]) for value in range(256)]
+
+    def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        return [np.frombuffer(text, np.uint8).astype(np.int64) for text in texts]
+
+
+class JsonTokenizer:
+    """A tokenizer.json of the package tokenizers.
+
+    Raises:
+        UserError: no such file, no tokenizer, or one whose tokens have no bytes or no end of text.
+    """
+
+    needs_text = True
+
+    def __init__(self, path: str) -> None:
+        from tokenizers import Tokenizer as Library
+
+        self.name = path
+        content = _read(path)
+        try:
+            self.library = Library.from_str(content.decode())
+            parts = json.loads(content)
+        except Exception as error:  # the package raises plain Exception
+            raise UserError(
+                f"tokenizer '{path}' is not a tokenizer.json ({_first_line(error)}): give another"
+            ) from error
+        self.library.no_truncation()
+        self.library.no_padding()
+        self.library.encode_special_tokens = True
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.pieces = _pieces(path, self.library, parts)
+        ends = (self.library.token_to_id(end) for end in _ENDS)
+        separator = next((end for end in ends if end is not None), None)
+        if separator is None:
+            raise UserError(f"tokenizer '{path}' has no end-of-text token (one of {', '.join(_ENDS)}): add one")
+        self.separator = separator
+
+    def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        strings = [text.decode() for text in texts]
+        encoded = self.library.encode_batch_fast(strings, add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.int64) for one in encoded]
+
+
+@lru_cache(maxsize=8)
+def open_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a name: "bytes", or the path of a tokenizer.json. Errors as in `JsonTokenizer`."""
+    return ByteTokenizer() if name == BYTES else JsonTokenizer(name)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE (pre-tokenised as GPT-2's) with END_OF_TEXT as token 0; `.save(path)` writes tokenizer.json.
+
+    Raises:
+        UserError: a vocabulary that has no room for the 256 bytes and the end of text, or that the texts do not fill.
+    """
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if not LEAST_BPE <= vocab_size <= MOST_TOKENS:
+        raise UserError(f"vocab_size is {vocab_size} but must lie between {LEAST_BPE} and {MOST_TOKENS:,}")
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    found = library.get_vocab_size()
+    if found < vocab_size:
+        raise UserError(f"vocab_size is {vocab_size} but the text has pieces for {found} tokens only: lower it")
+    return library
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"tokenizer '{path}' cannot be read ({error.strerror}): give bytes or a tokenizer.json"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _pieces(path: str, library: Any, parts: dict[str, Any]) -> list[bytes]:
+    """The bytes of every token id; ids that the vocabulary leaves out have none."""
+    vocabulary: dict[str, int] = library.get_vocab(with_added_tokens=True)
+    added = library.get_added_tokens_decoder()
+    size = max(vocabulary.values(), default=-1) + 1
+    if not 0 < size <= MOST_TOKENS:
+        raise UserError(f"tokenizer '{path}' has token ids up to {size - 1}, where 0 to {MOST_TOKENS - 1:,} may be")
+    piece = _piece_of(path, parts)
+    pieces = [b""] * size
+    for token, number in vocabulary.items():
+        if number in added:
+            pieces[number] = b"" if added[number].special else token.encode()
+        else:
+            pieces[number] = piece(token)
+    return pieces
+
+
+def _piece_of(path: str, parts: dict[str, Any]) -> Any:
+    """How this kind of tokenizer spells bytes: a function from token to bytes."""
+    # "type" of every part below these, and what stands in their patterns
+    spelled = json.dumps(
+        [parts.get("pre_tokenizer"), parts.get("decoder"), parts.get("normalizer")], ensure_ascii=False
+    )
+    if '"ByteLevel"' in spelled:
+        return _byte_level
+    if '"Metaspace"' in spelled or _SPACE in spelled:
+        return _sentence_piece
+    raise UserError(
+        f"tokenizer '{path}' does not say which bytes its tokens stand for: give one that is byte-level or of "
+        "SentencePiece's kind, or train one with moa data tokenizer"
+    )
+
+
+@lru_cache(maxsize=1)
+def _alphabet() -> dict[str, int]:
+    """GPT-2's characters of the 256 bytes: visible Latin-1 ones are themselves, the others follow from 256 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [value for value in range(256) if value not in visible]
+    return {chr(value): value for value in visible} | {chr(256 + n): value for n, value in enumerate(hidden)}
+
+
+def _byte_level(token: str) -> bytes:
+    alphabet = _alphabet()
+    return b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
+
+
+def _sentence_piece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(_SPACE, " ").encode()
