@@ -2,18 +2,19 @@
 
 An epoch has a declared number of samples, and each source its exact share of them (rounded by largest remainders). The
 sources take turns as evenly as their shares allow: the j-th of a source's n samples is due at (j + 1/2) / n of the
-epoch, as in stride scheduling, so any stretch of a run holds each source in proportion, to within one sample a source.
-A source goes on in the next epoch where it stopped, through its own seeded permutations, one pass after another; a
-source smaller than its share begins its next pass, in a new order, while the others are still in their first.
-Nothing of this is state, so a run may stop anywhere and go on with another number of devices.
+epoch, as in stride scheduling, so the beginning of an epoch, however long, holds of a source with share p among S
+sources what is due to within (1 + S p) / 2 samples. A source goes on in the next epoch where it stopped, through its
+own seeded permutations, one pass after another; a source smaller than its share begins its next pass, in a new order,
+while the others are still in their first. How often it is read is in the run's description. Nothing of this is state,
+so a run may stop anywhere and go on with another number of devices.
 """
 
+import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from data.base import EVAL_SEED, Samples
@@ -119,9 +120,8 @@ class JoinedSamples(Samples):
 class Mixture(TextModule):
     """Several text sources with weights. The batch has the key "source", int64 (B,), the number of each one's source.
 
-    What the sources say of context_length, batch_size, num_workers, seed and on_bad_sample does not count: the
-    mixture's values do. Validation and testing take all held-out samples of all sources (each one's max_val_samples
-    bounds its own), so val/loss weighs sources by their held-out tokens; val/loss_<source> is each one's own.
+    Of what the sources say, only where their text lies, how it is split and their shuffle_block count; the other
+    values are the mixture's. val/loss weighs sources by their held-out tokens, val/loss_<source> is each one's own.
 
     Args:
         sources: text data modules by name, all with the same tokenizer.
@@ -129,6 +129,8 @@ class Mixture(TextModule):
         epoch_samples: samples in an epoch, rounded down to whole batches; None: as many as all sources have together.
         context_length: tokens in a sample.
         batch_size: samples in a micro-step over all devices together.
+        max_val_samples: validate on at most so many windows of each source, evenly spaced; None takes all.
+        max_test_samples: the same for testing.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
         seed: of order and window offsets; None: the run's (--seed_everything).
         on_bad_sample: "raise": a sample that cannot be read ends the run; "skip": it is counted, and another one takes
@@ -146,11 +148,21 @@ class Mixture(TextModule):
         epoch_samples: int | None = None,
         context_length: int = 256,
         batch_size: int = 32,
+        max_val_samples: int | None = None,
+        max_test_samples: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
         on_bad_sample: OnBadSample = "raise",
     ) -> None:
-        super().__init__(context_length, batch_size, None, None, num_workers, seed, on_bad_sample=on_bad_sample)
+        super().__init__(
+            context_length,
+            batch_size,
+            max_val_samples,
+            max_test_samples,
+            num_workers,
+            seed,
+            on_bad_sample=on_bad_sample,
+        )
         if not sources:
             raise UserError("data.sources is empty: name at least one source")
         self.weights = dict.fromkeys(sources, 1.0) if weights is None else dict(weights)
@@ -167,6 +179,7 @@ class Mixture(TextModule):
         self.sources, self.epoch_samples = dict(sources), epoch_samples
         for name, source in self.sources.items():
             source.context_length, source.on_bad_sample = context_length, on_bad_sample
+            source.max_val_samples, source.max_test_samples = max_val_samples, max_test_samples
             source.seed = named_seed(self.seed, f"source {name}")
 
     @property
@@ -209,18 +222,17 @@ class Mixture(TextModule):
         samples = self.epoch_samples or sum(len(part) for part in parts.values())
         samples = max(samples - samples % self.batch_size, 1)
         self.counts = shares(self.weights, samples)
-        for name, count in self.counts.items():
-            if count > len(parts[name]):
-                rank_zero_info(
-                    f"source {name!r} has {len(parts[name]):,} samples and gives {count:,} to an epoch: it is read "
-                    f"{count / len(parts[name]):.2f} times, in a new order each time"
-                )
         blocks = [source.shuffle_block for source in self.sources.values()]
         return MixedSamples(list(parts.values()), list(self.counts.values()), blocks, self.seed)
 
     def describe_source(self) -> dict[str, str | int]:
-        described: dict[str, str | int] = {"source": ", ".join(self.sources)}
+        total, shown, facts, digests = sum(self.counts.values()), [], {}, []
         for name, source in self.sources.items():
-            described[f"{name}_share"] = self.counts[name]
-            described |= {f"{name}_{key}": value for key, value in source.describe().items()}
-        return described
+            passes = self.counts[name] / source.train_samples
+            repeats = f", read {passes:.2f} times an epoch" if passes > 1 else ""
+            shown.append(f"{name} ({self.counts[name] / total:.1%}{repeats})")
+            own = source.describe()
+            digests.append(str(own.get("sha256")))
+            facts |= {f"{name}_{key}": value for key, value in own.items()} | {f"{name}_share": self.counts[name]}
+        digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        return {"source": ", ".join(shown), **facts, **({"sha256": digest} if "None" not in digests else {})}

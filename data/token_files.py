@@ -7,6 +7,7 @@ a name instead of a bus error that kills the process.
 """
 
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -213,12 +214,12 @@ class TokenFiles(TextModule):
         return {split: paths for split, paths in found.items() if paths}
 
     def build(self) -> dict[str, Samples]:
-        parts = self._description().get("splits", {})
+        found, parts = self._paths(), self._description().get("splits", {})
         known = {part["file"]: part["tokens"] for part in parts.values()}
         size = self.vocab_size
         plain = token_dtype(size)
         sources: dict[str, TokenSource] = {}
-        for split, paths in self._paths().items():
+        for split, paths in found.items():
             files = [find_tokens(path, plain, known.get(os.path.basename(path))) for path in paths]
             sources[split] = TokenStream(files, size)
         self._described = {
@@ -226,9 +227,17 @@ class TokenFiles(TextModule):
             "tokenizer": self.tokenizer.name,
             "vocab_size": size,
             **{f"{split}_tokens": len(source) for split, source in sources.items()},
-            **{f"{split}_sha256": str(part.get("sha256")) for split, part in parts.items()},
+            **self._sha256(parts),
         }
         return self.windows(sources)
+
+    @staticmethod
+    def _sha256(parts: dict[str, Any]) -> dict[str, str | int]:
+        """A digest of the digests that were taken on writing; none for files of others, which may be huge."""
+        if not parts:
+            return {}
+        digests = "".join(f"{split} {part.get('sha256')}\n" for split, part in sorted(parts.items()))
+        return {"sha256": hashlib.sha256(digests.encode()).hexdigest()}
 
     def describe_source(self) -> dict[str, str | int]:
         return self._described

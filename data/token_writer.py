@@ -4,7 +4,7 @@
 where the vocabulary asks for it, each document followed by the end-of-text token. `<split>.starts` holds where each
 document begins, int64. `tokens.json` describes them, and the tokenizer lies beside them, so the folder is all that
 training needs. A document's split follows from a hash of its beginning (the same text is always on the same side,
-whatever else is there); fewer than three documents are split by position instead, as plain text files are.
+whatever else is there); documents so few that a split would stay empty are split by position instead.
 """
 
 import hashlib
@@ -28,7 +28,6 @@ DESCRIPTION, TOKENIZER = "tokens.json", "tokenizer.json"
 VERSION = 1
 BATCH_BYTES = 1024 * 1024  # of text that is encoded at a time
 BATCH_PIECES = 2048
-FEW_DOCUMENTS = 3
 
 
 class Written(NamedTuple):
@@ -92,7 +91,7 @@ def write_tokens(
         on_bad_sample: "raise": a document that cannot be read ends the command; "skip": it is left out and counted.
 
     Raises:
-        UserError: unusable sources, tokenizer or folder, or a split that no document falls into.
+        UserError: unusable sources, tokenizer or folder, or too little text.
     """
     check_fractions(val_fraction, test_fraction)
     used, bad = open_tokenizer(tokenizer), Bad(on_bad_sample)
@@ -108,9 +107,11 @@ def write_tokens(
         finally:
             for file in files.values():
                 file.close()
-        if sum(file.documents for file in files.values()) < FEW_DOCUMENTS:
+        fractions = {"val": val_fraction, "test": test_fraction}
+        if _empty(files, fractions):
             files = _split_by_position(folder, files, val_fraction, test_fraction)
-        _check_filled(files, {"val": val_fraction, "test": test_fraction})
+        if _empty(files, fractions):
+            raise UserError(f"{_total(files)} tokens are too few for the splits: give more text, or lower fractions")
         description = _finish(folder, files, used, source)
     return Written(Path(out), description, bad)
 
@@ -187,7 +188,7 @@ def _encoded(
 def _split_by_position(
     folder: Path, files: dict[str, SplitFile], val_fraction: float, test_fraction: float
 ) -> dict[str, SplitFile]:
-    """One or two documents, by tokens: training text first, then validation, then test."""
+    """The tokens cut in three: training text first, then validation, then test."""
     starts, total = [], 0
     with (folder / "all").open("wb") as joined:
         for file in files.values():
@@ -216,14 +217,13 @@ def _fill(part: SplitFile, joined: IO[bytes], tokens: int, starts: list[int]) ->
     part.close()
 
 
-def _check_filled(files: dict[str, SplitFile], fractions: dict[str, float]) -> None:
-    total = sum(file.documents for file in files.values())
-    for split, file in files.items():
-        if file.tokens == 0 and fractions.get(split, 1.0) > 0:
-            raise UserError(
-                f"none of the {total} documents falls into the {split} split: give more documents, or another "
-                f"{'val_fraction' if split == 'train' else f'{split}_fraction'} (0: no such split)"
-            )
+def _empty(files: dict[str, SplitFile], fractions: dict[str, float]) -> bool:
+    """Whether a split that is wanted has nothing."""
+    return any(file.tokens == 0 and fractions.get(split, 1.0) > 0 for split, file in files.items())
+
+
+def _total(files: dict[str, SplitFile]) -> int:
+    return sum(file.tokens for file in files.values())
 
 
 def _finish(folder: Path, files: dict[str, SplitFile], used: Tokenizer, source: Sequence[str]) -> dict[str, Any]:

@@ -25,7 +25,10 @@ def names(folder: str) -> list[str]:
 FFN, TRAINER = names("ffn"), names("trainer")
 PAIRS = [
     (task, data)
-    for kind, modules in (("vision", ("Images", "ImageShards")), ("language", ("TextFiles", "TextShards", "TokenFiles", "Mixture")))
+    for kind, modules in (
+        ("vision", ("Images", "ImageShards")),
+        ("language", ("TextFiles", "TextShards", "TokenFiles", "Mixture")),
+    )
     for task in names(kind)
     for data in names("data")
     if yaml.safe_load((ROOT / data).read_text())["data"]["class_path"].removeprefix("data.") in modules

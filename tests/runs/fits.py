@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 import data
 import tasks
+from data.text import TextModule
 from moa_lightning import FFNConfig
 from moa_lightning.callbacks import default_callbacks
 from moa_lightning.checkpoints import RunCheckpointIO
@@ -44,7 +45,7 @@ STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp2"}
 HYBRID = "hsdp"  # two copies, each sharded over half of the processes
 BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
 FIRST = 5
-EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon"]
+EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", "language-moa-mixture"]
 EXPERTS_STEPS, EXPERTS_SAVED_AT = 6, 4
 LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
 CLIP = 0.5
@@ -140,9 +141,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "": {},
     "bias": {"moe": MoEConfig(4, 2, shared_experts=1, balance="bias", balance_bias_rate=0.01)},
     "loss": {"moe": MoEConfig(4, 1, balance_loss_weight=0.1), "loss_chunk": 50, "z_loss_weight": 1e-3},
+    "mixture": {},
     "muon": {"moe": MoEConfig(4, 2), "optimizer": OptimizerConfig("muon", lr=5e-3, warmup_steps=5)},
 }
-"""options of language models beside their ffn, as fit names have them: language-<ffn>-<extra>"""
+"""options of language models beside their ffn, as fit names have them: language-<ffn>-<extra>; mixture: of sources"""
 
 
 def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
@@ -173,7 +175,7 @@ def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
 
 @cache
 def splits(task: str) -> dict[str, Any]:
-    """The data of a task, read once a process; 33 validation images leave one for two processes in the last batch."""
+    """The data of a task or the mixture, read once a process; of 33 validation images two processes share one last."""
     module = _data_module(task, BATCH)
     module.setup()
     return module.splits
@@ -182,10 +184,18 @@ def splits(task: str) -> dict[str, Any]:
 def make_data(task: str, batch_size: int) -> data.DataModule:
     module = _data_module(task, batch_size)
     module.splits = splits(task)  # their seed is the module's own
+    if isinstance(module, data.Mixture):
+        for source in module.sources.values():
+            source.setup("validate")
     return module
 
 
 def _data_module(task: str, batch_size: int) -> data.DataModule:
+    if task == "mixture":
+        texts = {"law": ROOT / "LICENSE", "code": ROOT / "moa_lightning" / "errors.py"}
+        sources: dict[str, TextModule] = {name: data.TextFiles(str(path)) for name, path in texts.items()}
+        weights = {"law": 2.0, "code": 1.0}  # 26 samples of code are more than there are
+        return data.Mixture(sources, weights, epoch_samples=80, context_length=32, batch_size=batch_size, seed=0)
     if task == "language":
         return data.TextFiles(str(ROOT / "LICENSE"), context_length=32, batch_size=batch_size, seed=0)
     views = data.SingleView(flip=0.0) if task == "mae" else data.MultiCrop(local_crops=1, local_size=16)
@@ -253,7 +263,7 @@ def fit(
     )
     trainer.fit(
         make_task(task, ffn, extra),
-        datamodule=make_data(task, batch_size // accumulate),
+        datamodule=make_data("mixture" if extra == "mixture" else task, batch_size // accumulate),
         ckpt_path=resume,
         weights_only=True,
     )

@@ -1,0 +1,288 @@
+"""Tokenizers, document sources, token files: what is read back is what was written; mistakes are one sentence."""
+
+import gzip
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from data import TextFiles, TokenFiles
+from data.command import data_command
+from data.sources import PIECE, Bad, documents
+from data.token_files import HEADER_BYTES, find_tokens
+from data.token_writer import train_tokenizer, write_tokens
+from data.tokenizer import END_OF_TEXT, open_tokenizer
+from moa_lightning.errors import UserError
+from tests.data.test_shards import write_tar
+
+TEXT = "Ein Text über Äpfel: naïve café, 日本語 und 🙂.\n  def f(x):\n\treturn x ** 2\n"
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("bpe")
+    (folder / "a.txt").write_text(TEXT * 50 + "".join(f"word{n} " for n in range(300)))
+    path = folder / "tokenizer.json"
+    train_tokenizer([str(folder / "a.txt")], str(path), 400)
+    return str(path)
+
+
+def lines(folder: Path, count: int = 60, name: str = "a.jsonl") -> list[str]:
+    texts = [f"{TEXT}number {n} " * (n % 7 + 1) for n in range(count)]
+    (folder / name).write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts))
+    return texts
+
+
+def module_of(folder, **options) -> TokenFiles:
+    module = TokenFiles(str(folder), context_length=16, batch_size=4, seed=0, **options)
+    module.setup()
+    return module
+
+
+def stream(module: TokenFiles, split: str) -> np.ndarray:
+    source = module.splits[split].source
+    return source.read(0, len(source))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_a_tokenizer_gives_back_the_text_and_its_bytes(bpe, tmp_path, kind):
+    lines(tmp_path)
+    name = bpe if kind == "bpe" else "bytes"
+    write_tokens([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), name)
+    module = module_of(tmp_path / "out")
+    for text in (TEXT, "", "\n", f"a {END_OF_TEXT} b"):
+        tokens = module.encode(text)
+        assert module.decode(tokens) == text
+        assert module.token_bytes[tokens].sum() == len(text.encode())
+    assert module.vocab_size == len(module.token_bytes) == (400 if kind == "bpe" else 256)
+    if kind == "bpe":
+        assert module.token_bytes[module.tokenizer.separator] == 0
+        assert module.tokenizer.separator not in module.encode(END_OF_TEXT)  # a name in a text is text
+        library = Tokenizer.from_file(bpe)
+        assert module.encode(TEXT) == library.encode(TEXT).ids
+        assert len(module.encode(TEXT)) < len(TEXT.encode()) / 2
+
+
+def test_a_tokenizer_of_sentence_pieces_kind(tmp_path):
+    vocabulary = {"<s>": 0, "</s>": 1, "\u2581": 2, "a": 3, "\u2581a": 4} | {f"<0x{b:02X}>": 5 + b for b in range(256)}
+    library = Tokenizer(models.BPE(vocabulary, [("\u2581", "a")], byte_fallback=True))
+    library.normalizer = normalizers.Replace(" ", "\u2581")
+    library.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    library.add_special_tokens(["<s>", "</s>"])
+    library.save(str(tmp_path / "t.json"))
+    tokenizer = open_tokenizer(str(tmp_path / "t.json"))
+    (tokens,) = tokenizer.encode([" a aé\n".encode()])
+    assert b"".join(tokenizer.pieces[token] for token in tokens) == " a aé\n".encode()
+    assert tokens[0] == 4
+    assert tokenizer.separator == 1
+    assert tokenizer.pieces[1] == b""
+
+
+def test_training_a_tokenizer_is_deterministic(bpe, tmp_path):
+    (tmp_path / "a.txt").write_bytes((Path(bpe).parent / "a.txt").read_bytes())
+    train_tokenizer([str(tmp_path / "a.txt")], str(tmp_path / "t.json"), 400)
+    assert (tmp_path / "t.json").read_bytes() == Path(bpe).read_bytes()
+
+
+def test_token_files_hold_every_document_once(bpe, tmp_path):
+    texts = lines(tmp_path)
+    written = write_tokens([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), bpe, 0.2, 0.2)
+    module = module_of(tmp_path / "out")
+    found = []
+    for split, part in written.description["splits"].items():
+        tokens = stream(module, split)
+        assert len(tokens) == part["tokens"]
+        starts = np.fromfile(tmp_path / "out" / part["starts"], "<i8")
+        assert len(starts) == part["documents"]
+        for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            assert tokens[stop - 1] == module.tokenizer.separator
+            found.append(module.decode(tokens[start : stop - 1].tolist()))
+    assert sorted(found) == sorted(texts)
+    assert sum(part["bytes"] for part in written.description["splits"].values()) == sum(len(t.encode()) for t in texts)
+    again = write_tokens([str(tmp_path / "a.jsonl")], str(tmp_path / "again"), bpe, 0.2, 0.2)
+    assert again.description == written.description
+
+
+def test_a_document_keeps_its_split_when_others_come_and_go(tmp_path):
+    lines(tmp_path)
+    sets = []
+    for name, keep in (("all", 60), ("half", 30)):
+        part = (tmp_path / "a.jsonl").read_text().splitlines()[60 - keep :]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+        write_tokens([str(tmp_path / f"{name}.jsonl")], str(tmp_path / name), "bytes", 0.3, 0.0)
+        sets.append(set(bytes(stream(module_of(tmp_path / name), "val").astype(np.uint8)).split(b"\0")))
+    assert len(sets[0]) > len(sets[1]) > 3
+    assert sets[1] <= sets[0]
+
+
+def test_a_single_text_is_split_by_position(tmp_path):
+    (tmp_path / "a.txt").write_bytes(bytes(range(1, 251)) * 20)
+    write_tokens([str(tmp_path / "a.txt")], str(tmp_path / "out"))
+    module = module_of(tmp_path / "out")
+    whole = np.concatenate([stream(module, split) for split in ("train", "val", "test")])
+    assert bytes(whole.astype(np.uint8)) == bytes(range(1, 251)) * 20 + b"\0"
+    assert [len(module.splits[split].source) for split in ("train", "val", "test")] == [4501, 250, 250]
+
+
+def test_all_kinds_of_sources_give_the_same_documents(tmp_path):
+    texts = lines(tmp_path, 5)
+    content = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    write_tar(tmp_path / "c.tar", [(f"{n}.txt", text.encode()) for n, text in enumerate(texts)])
+    (tmp_path / "d").mkdir()
+    for n, text in enumerate(texts):
+        (tmp_path / "d" / f"{n}.txt").write_text(text)
+    for name in ("a.jsonl", "b.jsonl.gz", "c.tar", "d"):
+        found = [b"".join(text.pieces).decode() for text in documents([str(tmp_path / name)], "text", True, Bad())]
+        assert found == texts, name
+
+
+def test_zst_and_parquet_where_their_packages_are(tmp_path, monkeypatch):
+    texts = lines(tmp_path, 5)
+    for name, path in (("zstandard", tmp_path / "b.jsonl.zst"), ("pyarrow", tmp_path / "c.parquet")):
+        path.write_bytes(b"nothing")
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            with pytest.raises(UserError, match=f"needs the package {name}"):
+                list(documents([str(path)], "text", True, Bad()))
+    zstandard, arrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "a.jsonl").read_bytes()))
+    parquet.write_table(arrow.table({"body": texts}), tmp_path / "c.parquet")
+    for name, field in (("b.jsonl.zst", "text"), ("c.parquet", "body")):
+        found = [b"".join(text.pieces).decode() for text in documents([str(tmp_path / name)], field, True, Bad())]
+        assert found == texts
+    with pytest.raises(UserError, match="no column 'text'"):
+        list(documents([str(tmp_path / "c.parquet")], "text", True, Bad()))
+
+
+def test_a_long_text_comes_in_pieces_that_change_no_token(bpe, tmp_path):
+    text = "".join(f"{TEXT}\n\n{n} line\r\nabc\n" for n in range(9000))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (found,) = [list(t.pieces) for t in documents([str(tmp_path / "a.txt")], "text", True, Bad())]
+    assert len(found) > 3
+    assert max(map(len, found)) <= PIECE
+    assert b"".join(found) == text.encode()
+    tokenizer = open_tokenizer(bpe)
+    whole = tokenizer.encode([text.encode()])[0].tolist()
+    assert [token for part in tokenizer.encode(found) for token in part.tolist()] == whole
+    (tmp_path / "a.txt").write_bytes("é".encode() * PIECE)  # nowhere a line to cut after
+    (found,) = [list(t.pieces) for t in documents([str(tmp_path / "a.txt")], "text", True, Bad())]
+    assert "".join(piece.decode() for piece in found) == "é" * PIECE
+
+
+@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
+def test_files_of_nanogpt_and_llm_c(bpe, tmp_path, magic, version, dtype):
+    tokens = np.arange(300) % 400
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens)
+    for n in range(2):
+        (tmp_path / f"x_train_{n:06d}.bin").write_bytes(header.tobytes() + ((tokens + n) % 400).astype(dtype).tobytes())
+    (tmp_path / "x_val_000000.bin").write_bytes(tokens.astype("<u2").tobytes())
+    module = module_of(tmp_path, tokenizer=bpe)
+    assert stream(module, "train").tolist() == [*tokens, *((tokens + 1) % 400)]
+    assert stream(module, "val").tolist() == tokens.tolist()
+    across = module.splits["train"].source.read(290, 310)
+    assert across.tolist() == stream(module, "train")[290:310].tolist()
+    assert find_tokens(str(tmp_path / "x_train_000000.bin"), np.dtype("<u2")).offset == HEADER_BYTES
+
+
+def test_windows_of_byte_token_files_are_those_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text("some words, again and again; " * 60)
+    write_tokens([str(tmp_path / "a.txt")], str(tmp_path / "out"))
+    ours = TokenFiles(str(tmp_path / "out"), context_length=16, batch_size=4, seed=3, shuffle_block=0)
+    ours.setup()
+    theirs = TextFiles(str(tmp_path / "a.txt"), context_length=16, batch_size=4, seed=3)
+    theirs.setup()
+    for mine, other in zip(ours.train_dataloader(), theirs.train_dataloader(), strict=True):
+        assert torch.equal(mine["tokens"], other["tokens"])
+
+
+def message(action) -> str:
+    with pytest.raises(UserError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_bad_documents_are_named_or_left_out(bpe, tmp_path):
+    good = json.dumps({"text": TEXT})
+    bad = {
+        '{"text": ': "line 2 is not JSON",
+        "[1]": "line 2 is not JSON (an object was expected)",
+        '{"body": "x"}': "line 2 has no text under 'text' (it has body)",
+        '{"text": 3}': "line 2 has no text under 'text'",
+        '{"text": "\\ud800"}': "line 2 has a character that is none",
+        "[" * 100000: "line 2 is not JSON",
+    }
+    path = tmp_path / "a.jsonl"
+    for n, (line, told) in enumerate(bad.items()):
+        path.write_text(f"{good}\n{line}\n" + f"{good}\n" * 3)
+        said = message(lambda: write_tokens([str(path)], str(tmp_path / "out"), bpe))
+        assert told in said
+        assert str(path) in said
+        assert not (tmp_path / "out").exists()
+        written = write_tokens([str(path)], str(tmp_path / f"out{n}"), bpe, 0, 0, on_bad_sample="skip")
+        assert written.bad.count == 1
+        assert written.description["splits"]["train"]["documents"] == 4
+    (tmp_path / "b.txt").write_bytes(b"abc\xff")
+    assert "is not UTF-8 at byte 3" in message(
+        lambda: write_tokens([str(tmp_path / "b.txt")], str(tmp_path / "o"), bpe)
+    )
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(f"{good}\n".encode() * 50)[:-20])
+    assert "cannot be read after line" in message(lambda: write_tokens([str(tmp_path / "c.jsonl.gz")], "o", bpe))
+
+
+def test_bad_tokenizers_and_token_files_are_named(bpe, tmp_path):
+    lines(tmp_path)
+    folder = tmp_path / "out"
+    write_tokens([str(tmp_path / "a.jsonl")], str(folder), bpe)
+    (tmp_path / "none.json").write_text('{"a": 1}')
+    assert "is not a tokenizer.json" in message(lambda: module_of(folder, tokenizer=str(tmp_path / "none.json")))
+    assert "cannot be read" in message(lambda: module_of(folder, tokenizer=str(tmp_path / "absent.json")))
+    assert "were not written with the tokenizer 'bytes'" in message(lambda: module_of(folder, tokenizer="bytes"))
+    lossy = Tokenizer(models.WordLevel({"a": 0, "[SEP]": 1}, unk_token="a"))
+    lossy.pre_tokenizer = pre_tokenizers.Whitespace()
+    lossy.save(str(tmp_path / "lossy.json"))
+    assert "which bytes its tokens stand for" in message(lambda: open_tokenizer(str(tmp_path / "lossy.json")))
+
+    content = (folder / "train.bin").read_bytes()
+    (folder / "train.bin").write_bytes(content[:-10])
+    assert re.search(r"train.bin' holds .* tokens, where [\d,]+ were expected", message(lambda: module_of(folder)))
+    high = np.frombuffer(content, "<u2").copy()
+    high[50] = 400
+    (folder / "train.bin").write_bytes(high.tobytes())
+    module = module_of(folder)
+    said = message(lambda: list(module.train_dataloader()))
+    assert "has the token 400 at place 50, but the vocabulary ends at 399" in said
+    skipping = module_of(folder, on_bad_sample="skip")
+    batches = list(skipping.train_dataloader())
+    assert sum(len(batch.get("faults", [])) for batch in batches) == 1
+    (folder / "train.bin").write_bytes(content[:-10])  # during a run
+    assert "was changed or cut off" in message(lambda: stream(module, "train"))
+
+    (folder / "tokens.json").write_text('{"splits": 3}')
+    assert "does not describe token files" in message(lambda: module_of(folder))
+    (folder / "tokens.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    assert "have no tokenizer.json beside them" in message(lambda: module_of(folder))
+    assert "do not exist" in message(lambda: module_of(tmp_path / "absent"))
+
+
+def test_the_commands(tmp_path, capsys):
+    lines(tmp_path)
+    source, folder = str(tmp_path / "a.jsonl"), tmp_path / "out"
+    data_command(["tokenizer", "--source", source, "--vocab_size", "300", "--out", str(tmp_path / "t.json")])
+    data_command(["tokens", "--source", source, "--tokenizer", str(tmp_path / "t.json"), "--out", str(folder)])
+    assert f"--data TokenFiles --data.source '{folder}'" in capsys.readouterr().out
+    assert module_of(folder).vocab_size == 300
+    for size, told in (("200", "must lie between 257"), ("90000", "pieces for")):
+        options = ["tokenizer", "--source", source, "--vocab_size", size, "--out", str(tmp_path / "u.json")]
+        assert told in message(lambda options=options: data_command(options))
+    assert not (tmp_path / "u.json").exists()
