@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from moa_lightning import generate
 from moa_lightning.sampling import Sampling
@@ -111,3 +112,30 @@ def test_budgets_branch_from_one_stable_run(moa: Moa, words: None) -> None:
             for name in ("branch", "whole")
         )
         assert all(torch.equal(branch[name], whole[name]) for name in whole)
+
+
+def test_a_mixture_of_token_files_trains_and_writes_its_own_tokens(moa: Moa, words: None) -> None:
+    Path("more.jsonl").write_text('{"text": "some other words, on and on, to the end of the line"}\n' * 200)
+    assert moa("data tokenizer --source words.txt more.jsonl --vocab_size 300 --out t.json").code == 0
+    for source, out in (("words.txt", "a"), ("more.jsonl", "b")):
+        assert moa(f"data tokens --source {source} --tokenizer t.json --out {out}").code == 0
+    config = {
+        "class_path": "data.Mixture",
+        "init_args": {
+            "sources": {name: {"class_path": "data.TokenFiles", "init_args": {"source": name}} for name in "ab"},
+            "weights": {"a": 3.0, "b": 1.0},
+        },
+    }
+    Path("mixture.yaml").write_text(yaml.safe_dump({"data": config}))
+    sizes = "--data.context_length 16 --data.batch_size 4 --model.gpt.depth 1 --trainer.max_steps 2"
+    fit = f"fit -c configs/language/gpt_tiny.yaml -c mixture.yaml --trainer.accelerator cpu {sizes} --run_dir run"
+    outcome = moa(fit)
+    assert outcome.code == 0, outcome.err
+    assert "a (75.0%" in outcome.out
+    assert "b (25.0%" in outcome.out
+    assert "val/loss_a" in outcome.out
+    assert "val/loss_b" in outcome.out
+    task, data = generate.load(CHECKPOINT, [])
+    assert task.net.embed.weight.shape[0] == data.vocab_size == 300
+    told = moa(f"generate --ckpt_path {CHECKPOINT} --prompt qui --temperature 0 --max_new_tokens 8").out
+    assert told == greedy_without_cache("qui", 8) + "\n"
