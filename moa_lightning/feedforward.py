@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .activations import DICTIONARY, MODULE_COST, activation_names, is_pointwise, pointwise
 from .errors import UserError
 from .kernels import KERNELS, Kernel, mix, mix_pairs
-from .mixing import FixedActivation, Gate, Mixing, PairMixing
+from .mixing import GATE_STD, FixedActivation, Gate, Gates, Mixing, PairMixing
 
 WEIGHT_STD = 0.02  # trunk weights of a layer that is built on its own; nets with their own rule overwrite it
 
@@ -30,6 +30,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("sigmoid", "softmax", "tanh"),
     "init": ("identity", "paper"),
     "base": ("trained", "held"),
+    "gates": ("trained", "frozen", "shuffled"),
     "match": ("width", "parameters", "flops"),
     "kernel": KERNELS,
 }
@@ -57,6 +58,12 @@ class FFNConfig:
     """start as the fixed activation, or as the paper writes it: c = g(Ux) with small random U, LA at 1/K"""
     base: Literal["trained", "held"] = "trained"
     """train α or hold it where it starts; the paper's MoA holds it"""
+    gates: Gates = "trained"
+    """controls for MoA: gates frozen at random, or shuffled between the samples of a batch (see mixing.py)"""
+    gate_std: float = GATE_STD
+    """standard deviation of U where it starts at random: the paper's start, frozen gates"""
+    start_from: str | None = None
+    """LA: α starts at the mean coefficients of a finished run of the same net; its folder, or its mixing.json"""
     hidden_ratio: float = 4.0
     """hidden width of the baseline layer, a plain fixed one, in units of the model width; a layer that is swapped into
     a net has the replaced layer as its baseline instead"""
@@ -64,6 +71,8 @@ class FFNConfig:
     """what this layer has in common with that baseline: its hidden width, its parameters or its FLOPs"""
     multiple_of: int = 1
     """a matched hidden width is rounded to the nearest multiple of this; 64 and more suit accelerators"""
+    hidden_extra: int = 0
+    """hidden neurons more than that: MoA's extra parameters spent on width instead"""
     bias: bool = True
     """biases in the projections; a layer that is swapped into a net follows the replaced one"""
 
@@ -84,6 +93,14 @@ class FFNConfig:
             raise UserError(f"ffn.branches '{self.branches}' needs ffn.form 'gated': the plain form has one branch")
         if not 0 < self.hidden_ratio < math.inf:
             raise UserError(f"ffn.hidden_ratio is {self.hidden_ratio}; give a finite number above 0")
+        if self.hidden_extra < 0:
+            raise UserError(f"ffn.hidden_extra is {self.hidden_extra}; give a whole number of at least 0")
+        if not 0 < self.gate_std < math.inf:
+            raise UserError(f"ffn.gate_std is {self.gate_std}; give a finite number above 0")
+        if self.gates != "trained" and self.mixing != "moa":
+            raise UserError(f"ffn.gates '{self.gates}' needs ffn.mixing 'moa': {self.mixing} has no gates")
+        if self.start_from is not None and self.mixing != "la":
+            raise UserError(f"ffn.start_from sets the coefficients of LA; ffn.mixing is '{self.mixing}'")
         if self.multiple_of < 1:
             raise UserError(f"ffn.multiple_of is {self.multiple_of}; give a whole number of at least 1")
 
@@ -135,7 +152,7 @@ def parameter_count(dim: int, hidden_dim: int, config: FFNConfig) -> int:
     if config.mixing == "fixed":
         return count + {"polynorm": 4, "xielu": 2}.get(config.activation, 0)
     per_mix = config.entries if config.base == "trained" else 0
-    if config.mixing == "moa":
+    if config.mixing == "moa" and config.gates != "frozen":
         per_mix += config.entries * (dim + config.gate_bias)
     return count + config.mixed_branches * per_mix
 
@@ -179,16 +196,16 @@ def matched_hidden_dim(
         baseline: None for the plain fixed layer with `config.bias`.
 
     Returns:
-        The nearest multiple of config.multiple_of, at least one multiple.
+        The nearest multiple of config.multiple_of, at least one multiple; config.hidden_extra comes on top.
     """
     if by == "width":
-        return baseline_hidden_dim
+        return baseline_hidden_dim + config.hidden_extra
     baseline = baseline or FFNConfig(bias=config.bias)
     cost = parameter_count if by == "parameters" else flops_per_token
     target = cost(dim, baseline_hidden_dim, baseline)
     fixed_part, slope = cost(dim, 0, config), cost(dim, 1, config) - cost(dim, 0, config)
     multiple = config.multiple_of
-    return max(multiple, round((target - fixed_part) / slope / multiple) * multiple)
+    return max(multiple, round((target - fixed_part) / slope / multiple) * multiple) + config.hidden_extra
 
 
 class FeedForward(nn.Module):
@@ -264,7 +281,8 @@ class FeedForward(nn.Module):
         config = self.config
         where = tuple(config.dictionary.index(name) if config.init == "identity" else 0 for name in start)
         gate = config.gate if config.mixing == "moa" else None
-        return (self.dim, config.dictionary, where, gate, config.gate_bias, config.init, config.base == "trained")
+        learns = (config.init, config.base == "trained", config.gates, config.gate_std)
+        return (self.dim, config.dictionary, where, gate, config.gate_bias, *learns)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -10,6 +10,18 @@ which a multiplicative form α_k g_k(x) denies to entries with α_k = 0.
 
 Two starts. `identity`: α is one-hot at the activation that the layer had, u = b = 0: the layer computes what it
 computed before. `paper`: MoA starts at c = g(Ux) with small random U and α = g(0); LA at α = 1/K [O].
+
+Three members serve as controls: they say where a gain of MoA comes from [O].
+
+    frozen      u and b stay where they were drawn: the mix follows the token, but has not learned how to
+    shuffled    c_k(x_i) = α_k + g(u_kᵀ x_j + b_k) - g(0), j another token: the spread of the mix without its sense
+    averaged    c_k = mean over tokens of c_k(x), put into a trained net (`hold_at`): MoA becomes the LA nearest to it
+
+Shuffled, token t of sample i has the gates of token t of sample i - 1 of its batch (of the last sample for the first
+one). The order of training samples is drawn from the run's seed, so the donor is a random sample, and no permutation
+need be drawn here, which would break a compiled graph. Within a sequence nothing moves: the gates of position t are
+made of tokens up to t, if of another sample, so a causal language model learns nothing about its own future.
+Evaluation windows lie in the order of the text, so there the donor is the text before.
 """
 
 import math
@@ -19,9 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from .activations import is_pointwise, module_activation, pointwise
+from .errors import UserError
 
 Gate = Literal["sigmoid", "softmax", "tanh"]
-GATE_START_STD = 0.02  # of u in the paper's start [O]
+Gates = Literal["trained", "frozen", "shuffled"]
+GATE_STD = 0.02  # of u where it starts at random [O]
 
 
 def gate_function(logits: Tensor, gate: Gate, entry_axes: int) -> Tensor:
@@ -118,8 +132,15 @@ class MixCoefficients(nn.Module):
         gate_bias: give the gate logits a bias b.
         init: "identity" or "paper".
         train_base: train α; otherwise it is held where it starts.
+        gates: "trained"; "frozen" at a random u, whatever `init` says of α; "shuffled" between samples, see above: the
+            first axis of x counts samples, and a sample that is alone in its batch keeps its own gates.
+        gate_std: standard deviation of u where it starts at random.
 
-    Parameters: base (K,) (α; a buffer when held), gate_weight (K, d), gate_bias (K,). None of them takes weight decay.
+    Parameters: base (K,) (α; a buffer when held), gate_weight (K, d), gate_bias (K,) (buffers when frozen). None of
+    them takes weight decay.
+
+    Attributes:
+        given_start: α as `hold_at` has put it there; None for a start by `init`.
     """
 
     entry_axes = 1
@@ -135,9 +156,13 @@ class MixCoefficients(nn.Module):
         gate_bias: bool = False,
         init: Literal["identity", "paper"] = "identity",
         train_base: bool = True,
+        gates: Gates = "trained",
+        gate_std: float = GATE_STD,
     ) -> None:
         super().__init__()
         self.entries, self.start, self.gate, self.init = entries, start, gate, init
+        self.kind, self.gate_std = gates, gate_std
+        self.given_start: Tensor | None = None
         self.entry_shape = (len(entries),) * self.entry_axes
         count = math.prod(self.entry_shape)
         base = torch.empty(*self.stack, *self.entry_shape)
@@ -145,14 +170,22 @@ class MixCoefficients(nn.Module):
             self.base = nn.Parameter(base)
         else:
             self.register_buffer("base", base)
-        self.gate_weight = nn.Parameter(torch.empty(*self.stack, count, dim)) if gate else None
-        self.gate_bias = nn.Parameter(torch.empty(*self.stack, count)) if gate and gate_bias else None
+        self.gate_weight: Tensor | None
+        self.gate_bias: Tensor | None
+        self._add_gate("gate_weight", torch.empty(*self.stack, count, dim) if gate else None)
+        self._add_gate("gate_bias", torch.empty(*self.stack, count) if gate and gate_bias else None)
         self.gate_zero = gate_at_zero(gate, count) if gate else 0.0
         self.reset_parameters()
 
+    def _add_gate(self, name: str, value: Tensor | None) -> None:
+        if self.kind == "frozen":
+            self.register_buffer(name, value)
+        else:
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Write the start that `init` names; only the paper's start of a gate is random."""
+        """Write the start that `init` names; only u is random, in the paper's start and where it is frozen."""
         if self.init == "identity":
             self.base.zero_()
             at: tuple[Any, ...] = (..., *self.start)
@@ -160,12 +193,26 @@ class MixCoefficients(nn.Module):
         else:
             self.base.fill_(self.gate_zero if self.gate else 1 / math.prod(self.entry_shape))
         if self.gate_weight is not None:
-            if self.init == "identity":
+            if self.init == "identity" and self.kind != "frozen":
                 self.gate_weight.zero_()
             else:
-                self.gate_weight.normal_(std=GATE_START_STD, generator=generator)
+                self.gate_weight.normal_(std=self.gate_std, generator=generator)
         if self.gate_bias is not None:
             self.gate_bias.zero_()
+
+    @torch.no_grad()
+    def hold_at(self, coefficients: Tensor) -> None:
+        """Take these coefficients, (K,) or (K, K), for α and give up the gate: the mix is LA from here on.
+
+        Raises:
+            UserError: they are not of this mix's shape.
+        """
+        if coefficients.shape != self.base.shape:
+            given, wanted = tuple(coefficients.shape), tuple(self.base.shape)
+            raise UserError(f"coefficients of shape {given} are no start for a mix of shape {wanted}; match dictionaries")
+        self.base.copy_(coefficients)
+        self.given_start = self.base.detach().clone()
+        self.gate = self.gate_weight = self.gate_bias = None
 
     def gates(self, x: Tensor) -> Tensor | None:
         """g(u_kᵀ x + b_k) in float32 at least, (..., K) or (..., K, K) for pairs; None without a gate."""
@@ -181,6 +228,8 @@ class MixCoefficients(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = nn.functional.linear(x, weight) if x.dtype == dtype else _WideLinear.apply(x, weight)
             logits = logits if self.gate_bias is None else logits + self.gate_bias
+        if self.kind == "shuffled":
+            logits = logits.roll(1, 0)
         return logits.unflatten(-1, self.entry_shape)
 
     def coefficients(self, x: Tensor) -> Tensor:
@@ -195,7 +244,7 @@ class MixCoefficients(nn.Module):
         return _GatedCoefficients.apply(base, self._logits(x), self.gate, self.gate_zero, self.entry_axes)
 
     def extra_repr(self) -> str:
-        return f"{' + '.join(self.entries)}, gate={self.gate}, init={self.init}"
+        return f"{' + '.join(self.entries)}, gate={self.gate}, gates={self.kind}, init={self.init}"
 
 
 class Mixing(MixCoefficients):

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from moa_lightning.controls import start_mixes
 from moa_lightning.errors import UserError
 from moa_lightning.models.init import materialize, without_matrices, without_start
 from moa_lightning.optim import OptimizerConfig, build_optimizer, total_norm
@@ -80,6 +81,7 @@ class Task(L.LightningModule):
         if self.seed is None:
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
         self.net = self._build(self.seed)
+        start_mixes(self.net, required=self._trainer is None or self.trainer.ckpt_path is None)
         if self.activation_checkpointing:
             checkpoint_blocks(self.net, selective=self.activation_checkpointing == "selective")
         if self.compile_net:
@@ -145,6 +147,10 @@ class Task(L.LightningModule):
     def progress(self) -> float:
         """Share of the run's optimiser steps already taken."""
         return self.global_step / max(1, self.total_steps)
+
+    def mix_forward(self, batch: dict[str, Any]) -> None:
+        """Run the net on a training batch as training does, for those who watch its layers."""
+        raise TypeError(f"{type(self).__name__} does not say how its net is run")
 
     def samples_per_batch(self, batch: dict[str, Any]) -> int:
         """Samples in this process's batch."""

@@ -131,6 +131,9 @@ class DINO(SelfSupervised):
         self.log("train/teacher_entropy", entropy / math.log(self.hparams["out_dim"]), sync_dist=True)
         return loss
 
+    def mix_forward(self, batch: dict[str, Any]) -> None:
+        self.net(batch["views"])
+
     def teacher_temperature(self) -> float:
         h = self.hparams
         warmup = h["teacher_temperature_warmup"]

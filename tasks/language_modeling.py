@@ -131,6 +131,9 @@ class LanguageModeling(Task):
             return nll, torch.zeros_like(nll)
         return nll, logits.logsumexp(-1).masked_fill(targets == IGNORED, 0.0)
 
+    def mix_forward(self, batch: dict[str, Any]) -> None:
+        self.net(batch["tokens"])
+
     def _nll(self, batch: dict[str, Any]) -> Tensor:
         return self._losses(batch)[0]
 

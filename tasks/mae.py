@@ -109,6 +109,9 @@ class MAE(SelfSupervised):
         self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
 
+    def mix_forward(self, batch: dict[str, Any]) -> None:
+        self.reconstruct(batch["views"][0], batch["seed"])
+
     def evaluate_query(self, batch: dict[str, Any], split: str) -> None:
         """The loss, each sample counted once over all processes.
 

@@ -100,7 +100,9 @@ def describe_ffn(config: FFNConfig) -> str:
         return f"{config.form} {config.activation}"
     branches = f" {config.branches}" if config.gated else ""
     start = f" from {config.activation}" if config.init == "identity" else ", the paper's start"
-    gates = f", {config.gate} gates" if config.mixing == "moa" else ""
+    start = f" from the mixes of {config.start_from}" if config.start_from else start
+    control = "" if config.gates == "trained" else f"{config.gates} "
+    gates = f", {control}{config.gate} gates" if config.mixing == "moa" else ""
     return f"{config.mixing} {config.form}{branches}, {len(config.dictionary)} activations{start}{gates}"
 
 
