@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import os
 import signal
 import tempfile
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 
 import data
@@ -36,12 +38,14 @@ from .callbacks.validation import ValidationSchedule
 from .callbacks.watchdog import Watchdog
 from .checkpoints import RunCheckpointIO
 from .configs import Fragment
+from .controls import hold_mixes, token_means
 from .errors import UserError
 from .mistakes import mistakes, quiet
 from .options import Option, Tree
 from .run_folder import (
     AUTO,
     CONFIG,
+    HELD,
     RUN_DIR_VARIABLE,
     TEST,
     FolderGuard,
@@ -151,6 +155,12 @@ class MoaCLI(LightningCLI):
             default=None,
             help="Folder of this run: config, events, metrics, checkpoints (default: runs/<task>/version_<next>).",
         )
+        parser.add_argument(
+            "--freeze_gates",
+            type=int,
+            default=0,
+            help="validate: once more with every mix held at its mean over so many training batches (default: 0, not).",
+        )
         parser.usage = "moa COMMAND [--option value ...]"
         parser.add_argument("--import", type=list[str], default=[], help="Python modules to import first.")
         for name, kind in CALLBACK_OPTIONS.items():
@@ -173,6 +183,8 @@ class MoaCLI(LightningCLI):
         if checkpoint is not None:
             self.first_step = checkpoint_step(checkpoint)
         check_devices(config["trainer"])
+        if config["freeze_gates"] and self.subcommand != "validate":
+            raise UserError(f"--freeze_gates belongs to moa validate, not to moa {self.subcommand}")
         if self.subcommand == "fit":
             check_length(config["trainer"])
             self._claim_folder(Path(given) if given else None, config, checkpoint, restart)
@@ -240,6 +252,30 @@ class MoaCLI(LightningCLI):
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:
             Console().print(metrics_table(self._metrics()))
+        if batches := self._get(self.config, "freeze_gates"):
+            self._validate_with_held_gates(batches)
+
+    def _validate_with_held_gates(self, batches: int) -> None:
+        """Validate again with the gates at their mean over training data; both results go to held_gates.json."""
+        if self.trainer.world_size > 1:
+            raise UserError("--freeze_gates needs the whole net in one process: set --trainer.devices 1")
+        trained = self._metrics()
+        self.model.to(self.trainer.strategy.root_device).eval()
+        data = (self._on_device(batch) for batch in itertools.islice(self.datamodule.train_dataloader(), batches))
+        with self.trainer.precision_plugin.forward_context(), isolate_rng():
+            means = token_means(self.model, self.model.mix_forward, data)
+        if not hold_mixes(self.model, means):
+            raise UserError("--freeze_gates: the net of this run has no learned mix")
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        held = self._metrics()
+        names = sorted(trained)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(self.run_dir / HELD, {"batches": batches, "trained": trained, "held": held})
+        Console().print(f"with the mixes held at their mean over {batches} training batches:")
+        Console().print(metrics_table({name: held[name] for name in names}))
+
+    def _on_device(self, batch: Any) -> Any:
+        return self.model.transfer_batch_to_device(batch, self.trainer.strategy.root_device, 0)
 
     def after_test(self) -> None:
         self.after_validate()
@@ -287,7 +323,7 @@ def option_roots(command: str) -> dict[str, Any]:
     for name, kind in (("trainer", L.Trainer), *CALLBACK_OPTIONS.items(), ("checkpoint", ModelCheckpoint)):
         groups.setdefault(name, {}).update(dict.fromkeys(inspect.signature(kind).parameters))
     del groups["checkpoint"]["kwargs"]
-    values = dict.fromkeys(("print_config", "seed_everything", "run_dir", "import", *sorted(own)))
+    values = dict.fromkeys(("print_config", "seed_everything", "run_dir", "freeze_gates", "import", *sorted(own)))
     return {**groups, "model": tasks.Task, "data": data.DataModule, **values}
 
 

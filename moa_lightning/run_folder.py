@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 RUN_DIR_VARIABLE = "MOA_RUN_DIR"
 CONFIG, CHECKPOINTS, LAST = "config.yaml", "checkpoints", "last.ckpt"
-RESULT, TEST = "result.json", "test.json"
+RESULT, TEST, HELD = "result.json", "test.json", "held_gates.json"
 LOCK = ".lock"
 LATEST, AUTO = "last", "auto"  # what --ckpt_path may say instead of a path
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")

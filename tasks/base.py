@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moa_lightning.controls import start_mixes
 from moa_lightning.errors import UserError
+from moa_lightning.evaluation.token_classes import TokenClasses
 from moa_lightning.models.init import materialize, without_matrices, without_start
 from moa_lightning.optim import OptimizerConfig, build_optimizer, total_norm
 from moa_lightning.parallel import FSDPStrategy, checkpoint_blocks, compile_blocks
@@ -167,6 +168,10 @@ class Task(L.LightningModule):
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Pictures (3, H, W) in [0, 1] of what the net does with one validation batch."""
         return {}
+
+    def token_classes(self, batch: dict[str, Any]) -> TokenClasses | None:
+        """The tokens of a validation batch as the feed-forward layers see them; None where they have no classes."""
+        return None
 
     def texts(self) -> dict[str, str]:
         """Texts that show what the net does."""

@@ -134,6 +134,9 @@ class DINO(SelfSupervised):
     def mix_forward(self, batch: dict[str, Any]) -> None:
         self.net(batch["views"])
 
+    def evaluated_backbone(self) -> Any:
+        return self.net.teacher.backbone
+
     def teacher_temperature(self) -> float:
         h = self.hparams
         warmup = h["teacher_temperature_warmup"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.evaluation import TextMetrics
+from moa_lightning.evaluation.token_classes import TokenClasses, text_classes
 from moa_lightning.losses.language import IGNORED
 from moa_lightning.models import GPT, GPTConfig
 from moa_lightning.moe import MoEConfig, balance_loss
@@ -183,6 +184,10 @@ class LanguageModeling(Task):
 
     def flops_per_sample(self) -> float:
         return 3.0 * self.net.flops_per_token() * self.net.context_length
+
+    def token_classes(self, batch: dict[str, Any]) -> TokenClasses:
+        decode = self.trainer.datamodule.decode  # type: ignore[attr-defined]
+        return text_classes([[decode([token]) for token in row] for row in batch["tokens"].tolist()])
 
     @torch.no_grad()
     def texts(self) -> dict[str, str]:

@@ -112,6 +112,9 @@ class MAE(SelfSupervised):
     def mix_forward(self, batch: dict[str, Any]) -> None:
         self.reconstruct(batch["views"][0], batch["seed"])
 
+    def evaluated_backbone(self) -> Any:
+        return self.net.encoder
+
     def evaluate_query(self, batch: dict[str, Any], split: str) -> None:
         """The loss, each sample counted once over all processes.
 

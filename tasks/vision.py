@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from moa_lightning.evaluation import KNNAccuracy
+from moa_lightning.evaluation.token_classes import TokenClasses, patch_classes
+from moa_lightning.models.vit import is_plain
 
 from .base import Task
 
@@ -43,6 +45,19 @@ class SelfSupervised(Task):
     def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """Features (B, D) of the images, with their ids and labels."""
         return {"id": batch["id"], "label": batch["label"], "features": self.features(batch["image"])}
+
+    def token_classes(self, batch: dict[str, Any]) -> TokenClasses | None:
+        """Patches of the encoder; None where the backbone does not make one sequence of separate patches."""
+        backbone = self.evaluated_backbone()
+        if not is_plain(backbone):
+            return None
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        patch, prefix = int(backbone.patch_embed.patch_size[0]), int(backbone.num_prefix_tokens)
+        return patch_classes(picture(batch["image"], data.mean, data.std), patch, prefix)
+
+    def evaluated_backbone(self) -> Any:
+        """The vision transformer whose features are judged."""
+        raise TypeError(f"{type(self).__name__} does not name its backbone")
 
     def evaluate_query(self, batch: dict[str, Any], split: str) -> None:
         """What a task measures on held-out images besides k-NN."""

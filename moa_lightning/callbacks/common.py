@@ -16,6 +16,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ..evaluation.token_classes import TokenClasses
+
 
 class WatchedTask(Protocol):
     """What a LightningModule offers to be watched by these callbacks."""
@@ -34,6 +36,9 @@ class WatchedTask(Protocol):
 
     def texts(self) -> dict[str, str]:
         """Texts by name."""
+
+    def token_classes(self, batch: Any) -> TokenClasses | None:
+        """Classes of the tokens of a validation batch; None where they have none."""
 
 
 def watched(module: L.LightningModule) -> WatchedTask:

@@ -21,6 +21,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 DPI = 100
 COLUMNS = 4
 MAX_PANELS = 24
+HISTOGRAM_HEIGHT = 0.3  # of a panel
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Curve:
     low: np.ndarray
     high: np.ndarray
     start: np.ndarray
+    histogram: np.ndarray | None = None
+    """(P - 1,) shares of the pre-activations between the points"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def draw_curves(curves: list[Curve], u: np.ndarray, title: str) -> Picture:
     for axes, curve in zip(panels, curves, strict=True):
         axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
         axes.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+        _draw_histogram(axes, u, curve.histogram)
         if banded:
             axes.fill_between(u, curve.low, curve.high, color=BLUE, alpha=0.25, linewidth=0, label="10-90 % of tokens")
         axes.plot(u, curve.mean, color=BLUE, linewidth=1.8, label="mean over tokens" if banded else "now")
@@ -106,6 +110,15 @@ def draw_curves(curves: list[Curve], u: np.ndarray, title: str) -> Picture:
     panels[0].set_ylim(*_limits(curves))
     _legend(figure, panels[0], title)
     return _render(figure)
+
+
+def _draw_histogram(axes: Any, u: np.ndarray, shares: np.ndarray | None) -> None:
+    """Pre-activations as a light area at the foot of a panel, its highest point at three tenths of the height."""
+    if shares is None or not shares.max() > 0:
+        return
+    heights, middles = HISTOGRAM_HEIGHT * shares / shares.max(), (u[1:] + u[:-1]) / 2
+    style = {"color": "0.88", "linewidth": 0, "zorder": 0.5, "label": "pre-activations u"}
+    axes.fill_between(middles, 0, heights, transform=axes.get_xaxis_transform(), **style)
 
 
 def draw_pair_maps(maps: list[PairMap], title: str) -> Picture:

@@ -29,6 +29,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from ..activations import pointwise
+from ..feedforward import FeedForward
 from ..mixing import MixCoefficients
 from .common import (
     is_logging_step,
@@ -61,6 +62,8 @@ class Capture:
     """(N, K), one row a token"""
     gates: Tensor | None
     """(N, K), None for LA"""
+    histogram: Tensor | None = None
+    """(CURVE_POINTS - 1,) shares of the pre-activations u of the mix between the curve's points; None for pairs"""
 
 
 @dataclass
@@ -88,11 +91,11 @@ def _short_name(name: str) -> str:
 
 
 def gate_entropy(gates: Tensor, kind: str) -> Tensor:
-    """Mean entropy of gates (N, K) in [0, 1], see above; `kind` is sigmoid, softmax or tanh. A 0-d tensor."""
+    """Entropy of each token's gates (N, K) -> (N,) in [0, 1], see above; `kind` is sigmoid, softmax or tanh."""
     if kind == "softmax":
-        return torch.special.entr(gates).sum(-1).mean() / np.log(max(gates.shape[-1], 2))
+        return torch.special.entr(gates).sum(-1) / np.log(max(gates.shape[-1], 2))
     p = gates if kind == "sigmoid" else (1 + gates) / 2
-    return ((torch.special.entr(p) + torch.special.entr(1 - p)) / np.log(2)).mean()
+    return ((torch.special.entr(p) + torch.special.entr(1 - p)) / np.log(2)).mean(-1)
 
 
 def gate_saturation(gates: Tensor, kind: str) -> Tensor:
@@ -130,12 +133,33 @@ def _by_token(values: Tensor, module: MixCoefficients) -> Tensor:
 
 def start_coefficients(module: MixCoefficients) -> np.ndarray:
     """The coefficients (K,) or (K, K) that the mix had before training, by its settings."""
+    if module.given_start is not None:
+        return module.given_start.double().cpu().numpy()
     shape = module.entry_shape
     if module.init == "identity":
         start = np.zeros(shape)
         start[module.start] = 1.0
         return start
     return np.full(shape, module.gate_zero if module.gate else 1 / math.prod(shape))
+
+
+def projections_of_mixes(net: nn.Module) -> dict[MixCoefficients, nn.Linear]:
+    """The projection whose output each mix is applied to; none for pairs, which mix two of them."""
+    found: dict[MixCoefficients, nn.Linear] = {}
+    for layer in net.modules():
+        if isinstance(layer, FeedForward):
+            for mix, projection in ((layer.up_mix, layer.up_proj), (layer.gate_mix, layer.gate_proj)):
+                if isinstance(mix, MixCoefficients) and projection is not None:
+                    found[mix] = projection
+    return found
+
+
+@torch.no_grad()
+def histogram_of(u: Tensor) -> Tensor:
+    """Shares of pre-activations u (..., h) between the points of a curve, those outside left out but counted."""
+    rows = u.flatten(0, -2)
+    rows = rows[:: -(-rows.shape[0] // CURVE_TOKENS)].float()
+    return torch.histc(rows, CURVE_POINTS - 1, -CURVE_RANGE, CURVE_RANGE) / rows.numel()
 
 
 class MixingTelemetry(L.Callback):
@@ -155,6 +179,7 @@ class MixingTelemetry(L.Callback):
         self.every_n_steps = every_n_steps
         self._mixes: dict[str, MixCoefficients] = {}
         self._captured: dict[str, Capture] = {}
+        self._histograms: dict[str, Tensor] = {}
         self._pending: _Pending | None = None
         self._hooks = ExitStack()
         self._run_dir: Path | None = None
@@ -171,8 +196,9 @@ class MixingTelemetry(L.Callback):
         }
         names = short_names(list(learning))
         self._mixes = {names[name]: module for name, module in learning.items()}
-        self._compiled = any(_is_compiled(module) for module in pl_module.modules())
-        self._captured, self._pending = {}, None
+        self._projections = projections_of_mixes(pl_module)
+        self._compiled = any(is_compiled(module) for module in pl_module.modules())
+        self._captured, self._histograms, self._pending = {}, {}, None
         self._last_step = trainer.estimated_stepping_batches
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -182,6 +208,9 @@ class MixingTelemetry(L.Callback):
         if self._draw or (is_logging_step(trainer) and not self._compiled):
             for name, module in self._mixes.items():
                 self._hooks.callback(module.register_forward_pre_hook(self._hook(name)).remove)
+                if self._draw and module in self._projections:
+                    see = self._histogram_hook(name)
+                    self._hooks.callback(self._projections[module].register_forward_hook(see).remove)
             if self._compiled:
                 self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
 
@@ -193,8 +222,10 @@ class MixingTelemetry(L.Callback):
         write_scalars(writer, self._scalars(), tensorboard_step(trainer))
         if self._draw:
             self._draw_pending(trainer)
+            for name, histogram in self._histograms.items():
+                self._captured[name].histogram = histogram
             self._pending = _Pending(trainer.global_step, tensorboard_step(trainer), self._captured)
-        self._captured = {}
+        self._captured, self._histograms = {}, {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._draw_pending(trainer)
@@ -217,6 +248,13 @@ class MixingTelemetry(L.Callback):
 
         return see
 
+    def _histogram_hook(self, name: str) -> Any:
+        def see(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            if name not in self._histograms:
+                self._histograms[name] = histogram_of(output)
+
+        return see
+
     def _scalars(self) -> dict[str, float]:
         """All scalars of the captured mixes, brought from the device in one transfer."""
         tags: list[str] = []
@@ -232,7 +270,7 @@ class MixingTelemetry(L.Callback):
                 tags += [f"mixing/{layer}/{what}/{entry}" for what in ("mean", "std") for entry in module.entries]
                 parts += [seen.coefficients.mean(0), seen.coefficients.std(0, correction=0)]
             tags += [f"mixing/{layer}/gate_entropy", f"mixing/{layer}/gate_saturation"]
-            parts.append(torch.stack([gate_entropy(seen.gates, module.gate), gate_saturation(seen.gates, module.gate)]))
+            parts.append(torch.stack([gate_entropy(seen.gates, module.gate).mean(), gate_saturation(seen.gates, module.gate)]))
         values = torch.cat([part.double() for part in parts]).tolist() if parts else []
         return dict(zip(tags, values, strict=True))
 
@@ -249,7 +287,7 @@ class MixingTelemetry(L.Callback):
                 maps.append(_pair_map(name, module, seen))
         when = f"after {pending.step} steps"
         if curves:
-            self._send(trainer, draw_curves(curves, _points(), f"Σ c_k σ_k(u) {when}"), "curves", pending)
+            self._send(trainer, draw_curves(curves, curve_points(), f"Σ c_k σ_k(u) {when}"), "curves", pending)
         if maps:
             self._send(trainer, draw_pair_maps(maps, f"c_kl of σ_k(gate) · σ_l(up) {when}"), "pairs", pending)
 
@@ -261,21 +299,27 @@ class MixingTelemetry(L.Callback):
             keep_latest(folder, f"mixing-{name}", FILES_KEPT)
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")  # module.compile(), torch.compile
 
 
-def _points() -> np.ndarray:
+def curve_points() -> np.ndarray:
     return np.linspace(-CURVE_RANGE, CURVE_RANGE, CURVE_POINTS)
 
 
+def curve_values(entries: tuple[str, ...]) -> np.ndarray:
+    """sigma_k(u) at the points of a curve, (K, P)."""
+    u = torch.from_numpy(curve_points())
+    return torch.stack([pointwise(entry).function(u) for entry in entries]).numpy()
+
+
 def _curve(name: str, module: MixCoefficients, seen: Capture) -> Curve:
-    u = torch.from_numpy(_points())
-    values = torch.stack([pointwise(entry).function(u) for entry in module.entries]).numpy()  # (K, P)
+    values = curve_values(module.entries)
     rows = seen.coefficients[:: -(-seen.coefficients.shape[0] // CURVE_TOKENS)]
     tokens = rows.double().cpu().numpy() @ values  # (N, P)
     low, high = np.quantile(tokens, (0.1, 0.9), axis=0)
-    return Curve(name, tokens.mean(0), low, high, start_coefficients(module) @ values)
+    histogram = None if seen.histogram is None else seen.histogram.cpu().numpy()
+    return Curve(name, tokens.mean(0), low, high, start_coefficients(module) @ values, histogram)
 
 
 def _pair_map(name: str, module: MixCoefficients, seen: Capture) -> PairMap:

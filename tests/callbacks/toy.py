@@ -70,6 +70,9 @@ class ToyTask(L.LightningModule):
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"input": batch["x"][:1].sigmoid().expand(3, -1, -1)}
 
+    def token_classes(self, batch: dict[str, Tensor]) -> None:
+        return None
+
     def texts(self) -> dict[str, str]:
         return {"sample": "def f(x):\n    return x"}
 
