@@ -94,9 +94,13 @@ def start_mixes(net: nn.Module, required: bool = True) -> None:
         if not required and not _file(source).is_file():
             continue
         known = {TWIN.sub("", name): mean for name, mean in read_means(source).items()}
-        wanted = [f"{n}.{a}" for n, layer in layers.items() if layer.config.start_from == source for a in layer.mixings()]
+        wanted = [
+            f"{n}.{a}" for n, layer in layers.items() if layer.config.start_from == source for a in layer.mixings()
+        ]
         if missing := [name for name in wanted if TWIN.sub("", name) not in known]:
-            raise UserError(f"{_file(source)} knows no mix '{missing[0]}': ffn.start_from must name a run of the same net")
+            raise UserError(
+                f"{_file(source)} knows no mix '{missing[0]}': ffn.start_from must name a run of the same net"
+            )
         hold_mixes(net, {name: known[TWIN.sub("", name)] for name in wanted})
 
 
@@ -111,7 +115,9 @@ def read_means(source: str) -> dict[str, Tensor]:
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
         return {layer["module"]: torch.tensor(layer["mean"], dtype=torch.float64) for layer in layers.values()}
     except OSError:
-        raise UserError(f"ffn.start_from: there is no {path}; name a run with learned mixes that has validated") from None
+        raise UserError(
+            f"ffn.start_from: there is no {path}; name a run with learned mixes that has validated"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); name another run in ffn.start_from") from error
 

@@ -278,8 +278,8 @@ class MoaCLI(LightningCLI):
         return self.model.transfer_batch_to_device(batch, self.trainer.strategy.root_device, 0)
 
     def after_test(self) -> None:
-        self.after_validate()
         if self.trainer.is_global_zero:
+            Console().print(metrics_table(self._metrics()))
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.run_dir / TEST, {"metrics": self._metrics()})
 

@@ -209,7 +209,9 @@ class MixCoefficients(nn.Module):
         """
         if coefficients.shape != self.base.shape:
             given, wanted = tuple(coefficients.shape), tuple(self.base.shape)
-            raise UserError(f"coefficients of shape {given} are no start for a mix of shape {wanted}; match dictionaries")
+            raise UserError(
+                f"coefficients of shape {given} are no start for a mix of shape {wanted}; match dictionaries"
+            )
         self.base.copy_(coefficients)
         self.given_start = self.base.detach().clone()
         self.gate = self.gate_weight = self.gate_bias = None

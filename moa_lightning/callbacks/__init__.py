@@ -3,8 +3,10 @@
 import lightning as L
 
 from .convergence import Convergence
+from .dashboard import Dashboard
 from .data_faults import DataFaults
 from .gradients import GradientNorm
+from .learned_mixes import LearnedMixes
 from .learning_rate import LearningRate
 from .mixing import MixingTelemetry
 from .pictures import Pictures
@@ -14,8 +16,10 @@ from .throughput import Throughput
 
 __all__ = [
     "Convergence",
+    "Dashboard",
     "DataFaults",
     "GradientNorm",
+    "LearnedMixes",
     "LearningRate",
     "MixingTelemetry",
     "Pictures",
@@ -30,11 +34,13 @@ def default_callbacks() -> list[L.Callback]:
     """The callbacks of every run, in the order that they need: Convergence gathers what those before it log."""
     return [
         RestoredState(),
+        Dashboard(),
         LearningRate(),
         GradientNorm(),
         Throughput(),
         MixingTelemetry(),
         RoutingTelemetry(),
+        LearnedMixes(),
         Pictures(),
         DataFaults(),
         Convergence(),

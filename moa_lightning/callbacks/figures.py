@@ -21,6 +21,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 DPI = 100
 COLUMNS = 4
 MAX_PANELS = 24
+LEGEND_ENTRY = 2.0  # inches
 HISTOGRAM_HEIGHT = 0.3  # of a panel
 
 
@@ -43,6 +44,17 @@ class Curve:
     high: np.ndarray
     start: np.ndarray
     histogram: np.ndarray | None = None
+    """(P - 1,) shares of the pre-activations between the points"""
+
+
+@dataclass(frozen=True)
+class OverTime:
+    """One panel of curves at several times, in their order; arrays (P,) over the points u."""
+
+    name: str
+    curves: dict[str, np.ndarray]
+    """when -> curve; "start" and "now" are drawn as everywhere"""
+    histogram: np.ndarray | None
     """(P - 1,) shares of the pre-activations between the points"""
 
 
@@ -109,6 +121,55 @@ def draw_curves(curves: list[Curve], u: np.ndarray, title: str) -> Picture:
     panels[0].set_xticks(np.linspace(0.75 * u[0], 0.75 * u[-1], 3))
     panels[0].set_ylim(*_limits(curves))
     _legend(figure, panels[0], title)
+    return _render(figure)
+
+
+def draw_over_time(panels: list[OverTime], u: np.ndarray, title: str) -> Picture:
+    """Small multiples of curves from pale (early) to full blue (now) on common axes, the start dashed."""
+    from matplotlib.colors import to_rgb
+
+    panels = evenly(panels, MAX_PANELS)
+    figure, all_axes = _grid(len(panels), height=2.4, share=True)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        _draw_histogram(axes, u, panel.histogram)
+        between = [when for when in panel.curves if when not in ("start", "now")]
+        for i, when in enumerate(between):
+            paleness = 0.75 * (1 - (i + 1) / (len(between) + 1))
+            colour = [paleness + (1 - paleness) * part for part in to_rgb(BLUE)]
+            axes.plot(u, panel.curves[when], color=colour, linewidth=1.3, label=f"after {when}")
+        axes.plot(u, panel.curves["now"], color=BLUE, linewidth=1.8, label="now")
+        axes.plot(u, panel.curves["start"], color=ORANGE, linewidth=1.3, dashes=(4, 2), label="at the start")
+        axes.set_title(panel.name, fontsize=10, pad=3)
+    all_axes[0].set_xlim(float(u[0]), float(u[-1]))
+    all_axes[0].set_xticks(np.linspace(0.75 * u[0], 0.75 * u[-1], 3))
+    _legend(figure, all_axes[0], title)
+    return _render(figure)
+
+
+def draw_patches(rows: list[tuple[str, list[tuple[int, int]]]], images: np.ndarray, patch: int, title: str) -> Picture:
+    """Rows of images, each with one patch framed.
+
+    Args:
+        rows: label of a row, and (image, patch counted row by row) from left to right.
+        images: (B, 3, H, W) in [0, 1].
+        patch: side of a patch in pixels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    columns, across = max(len(shown) for _, shown in rows), images.shape[-1] // patch
+    figure = Figure(figsize=(1.1 * columns + 0.4, 1.4 * len(rows) + 0.5), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    for part, (label, shown) in zip(figure.subfigures(len(rows), squeeze=False)[:, 0], rows, strict=True):
+        part.suptitle(label, fontsize=9, x=0.01, ha="left")
+        for axes, (image, number) in zip(part.subplots(1, columns, squeeze=False)[0], shown, strict=False):
+            axes.imshow(images[image].transpose(1, 2, 0), interpolation="nearest")
+            corner = (number % across * patch - 0.5, number // across * patch - 0.5)
+            axes.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor=ORANGE, linewidth=1.8))
+        for axes in part.axes:
+            axes.set_axis_off()
     return _render(figure)
 
 
@@ -184,7 +245,8 @@ def _limits(curves: list[Curve]) -> tuple[float, float]:
 def _legend(figure: "Figure", axes: Any, title: str) -> None:
     figure.suptitle(title, fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    columns = min(len(labels), int(figure.get_figwidth() // LEGEND_ENTRY))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _render(figure: "Figure") -> Picture:

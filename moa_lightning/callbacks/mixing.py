@@ -270,7 +270,9 @@ class MixingTelemetry(L.Callback):
                 tags += [f"mixing/{layer}/{what}/{entry}" for what in ("mean", "std") for entry in module.entries]
                 parts += [seen.coefficients.mean(0), seen.coefficients.std(0, correction=0)]
             tags += [f"mixing/{layer}/gate_entropy", f"mixing/{layer}/gate_saturation"]
-            parts.append(torch.stack([gate_entropy(seen.gates, module.gate).mean(), gate_saturation(seen.gates, module.gate)]))
+            parts.append(
+                torch.stack([gate_entropy(seen.gates, module.gate).mean(), gate_saturation(seen.gates, module.gate)])
+            )
         values = torch.cat([part.double() for part in parts]).tolist() if parts else []
         return dict(zip(tags, values, strict=True))
 

@@ -13,7 +13,8 @@ from ..experiments.schedule import Schedule, setting_name, settings
 from ..experiments.state import Result, State, read_result, survey
 from ..experiments.table import Row, headings, make_rows, note
 from .content import Block, Code, Picture, Report, Section, Table, Text
-from .run import pictures, provenance, samples
+from .mixes import grid_mixes
+from .run import MIXES, pictures, provenance, samples
 from .scaling import scaling_sections
 
 BASIN = 0.5  # share of the grid's `effect` that a loss may lie above the best to belong to the basin of rates
@@ -30,7 +31,9 @@ def grid_report(schedule: Schedule) -> Report:
     sections = [Section("Answer", _answer(grid, rows))]
     for task in grid.tasks:
         blocks = [*_convergence(grid, task, finals), *_rates(schedule, task, results), *_shown(task, finals)]
+        mixes = _mixes(grid, task, finals)
         sections += [Section(task.name, blocks)] if blocks else []
+        sections += [Section(f"{task.name}: what the mix learned", mixes)] if mixes else []
     sections += [
         *scaling_sections(grid, results),
         Section("Cost", [_cost(grid, results)]),
@@ -158,16 +161,23 @@ def _tuned(
     return found
 
 
-def _shown(task: GridTask, finals: list[Run]) -> list[Block]:
+def _shown(task: GridTask, finals: list[Run], about: str = "") -> list[Block]:
     """Pictures and samples of each variant's first seed."""
     blocks: list[Block] = []
     first = {run.variant: run for run in reversed(finals) if run.task == task.name}
     for variant, run in sorted(first.items()):
-        for picture in pictures(run.folder):
+        for picture in pictures(run.folder, about):
             name, caption = f"{task.name}-{variant}-{picture.name}", f"{variant}, seed {run.seed}: {picture.caption}"
             blocks.append(Picture(name, picture.content, picture.kind, caption))
-        blocks += [Code(f"{variant}, seed {run.seed}: {each.title}", each.text) for each in samples(run.folder)]
+        blocks += [Code(f"{variant}, seed {run.seed}: {each.title}", each.text) for each in samples(run.folder, about)]
     return blocks
+
+
+def _mixes(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:
+    """Gates of all variants in a table, then the pictures and examples of each one's first seed."""
+    ours = [run for run in finals if run.task == task.name]
+    folders = {v.name: [run.folder for run in ours if run.variant == v.name] for v in grid.variants}
+    return [*grid_mixes(folders), *_shown(task, finals, MIXES)]
 
 
 def _cost(grid: Grid, results: Mapping[Run, Result]) -> Table:

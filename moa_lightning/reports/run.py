@@ -15,9 +15,11 @@ from ..experiments.plots import svg
 from ..experiments.progress import duration
 from ..run_folder import CONFIG, RESULT, TEST
 from .content import Block, Code, Picture, Report, Section, Table, Text
+from .mixes import run_mixes
 
 COUNTERS = ("step", "samples", "tokens", "flops", "seconds")
 PANELS = 3  # in a row
+MIXES = "mixing-"  # begins the names of pictures and samples about mixes
 PICTURES = 6  # shown of a run, the latest of each kind
 
 
@@ -37,6 +39,7 @@ def run_report(folder: Path) -> Report:
         Section("Metrics", [*_metrics(folder, rows)]),
         Section("Curves", [*_curves(rows)]),
         Section("What it shows", [*pictures(folder), *samples(folder)]),
+        Section("What the mix learned", run_mixes(folder, pictures(folder, MIXES), samples(folder, MIXES))),
         Section("Configuration", [Code(CONFIG, (folder / CONFIG).read_text(encoding="utf-8"))]),
         Section("Where it ran", provenance([folder])),
     ]
@@ -44,26 +47,31 @@ def run_report(folder: Path) -> Report:
     return Report(folder.name, f"{lead}{last}.", [section for section in sections if section.blocks])
 
 
-def pictures(folder: Path) -> list[Picture]:
-    """The latest picture of each kind: reconstructions, attention, the curves of mixes."""
-    latest: dict[str, Path] = {}
-    for path in sorted(folder.glob("pictures/*.png")):
-        latest[path.stem.rpartition("-step")[0]] = path
+def pictures(folder: Path, about: str = "") -> list[Picture]:
+    """The latest picture of each kind: reconstructions, attention; about MIXES the curves of mixes."""
+    latest = _latest(folder, "pictures/*.png", about)
     return [
         Picture(path.stem, path.read_bytes(), "png", f"{name.replace('-', ' ')} at step {_step(path)}")
         for name, path in list(latest.items())[:PICTURES]
     ]
 
 
-def samples(folder: Path) -> list[Code]:
-    """The latest text of each kind."""
-    latest: dict[str, Path] = {}
-    for path in sorted(folder.glob("samples/*.txt")):
-        latest[path.stem.rpartition("-step")[0]] = path
+def samples(folder: Path, about: str = "") -> list[Code]:
+    """The latest text of each kind, about MIXES or about everything else."""
+    latest = _latest(folder, "samples/*.txt", about)
     return [
         Code(f"{name} at step {_step(path)}", path.read_text(encoding="utf-8"), folded=False)
         for name, path in latest.items()
     ]
+
+
+def _latest(folder: Path, pattern: str, about: str) -> dict[str, Path]:
+    latest: dict[str, Path] = {}
+    for path in sorted(folder.glob(pattern)):
+        name = path.stem.rpartition("-step")[0]
+        if name.startswith(MIXES) == (about == MIXES):
+            latest[name] = path
+    return latest
 
 
 def provenance(folders: list[Path]) -> list[Block]:

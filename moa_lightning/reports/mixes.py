@@ -1,0 +1,92 @@
+"""What the mixes of a run or of a grid's runs have learned: gates by layer and class of token, curves, examples."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..controls import MIXING
+from ..errors import UserError
+from ..run_folder import HELD
+from .content import Block, Code, Picture, Table, Text
+
+NOTE = (
+    "Gate entropy on a held-out batch: 1 where gates have not decided, 0 where they are shut (softmax: where one entry "
+    "is chosen). Foreground are patches brighter than their image; in natural images that need not be an object. "
+    "Single coefficients are not identifiable (LeakyReLU is a sum of two others), so look at the curves."
+)
+
+
+def run_mixes(folder: Path, pictures: Sequence[Picture], samples: Sequence[Code]) -> list[Block]:
+    """The section of one run; none for a run without learned mixes.
+
+    Args:
+        pictures, samples: those of the run that are about mixes.
+    """
+    found = _json(folder / MIXING)
+    if found is None:
+        return []
+    layers: Mapping[str, Any] = found["layers"]
+    classes = list(dict.fromkeys(name for layer in layers.values() for name in layer["entropy_by_class"]))
+    rows = [
+        [name, _number(layer["entropy"]), *(_number(layer["entropy_by_class"].get(label)) for label in classes)]
+        for name, layer in layers.items()
+        if layer["entropy"] is not None
+    ]
+    blocks: list[Block] = []
+    if rows:
+        title = Text(f"Gate entropy of each layer at step {found['step']:,}.")
+        blocks += [title, Table(("layer", "all tokens", *classes), rows, NOTE)]
+    return [*blocks, *_held({folder.name: [folder]}), *pictures, *samples]
+
+
+def grid_mixes(folders: Mapping[str, Sequence[Path]]) -> list[Block]:
+    """Variants compared: gate entropy by class, averaged over layers and seeds, and what averaged gates cost.
+
+    Args:
+        folders: variant -> the folders of its finished runs.
+    """
+    entropy: dict[str, dict[str, list[float]]] = {}
+    for variant, runs in folders.items():
+        for layer in (layer for run in runs for layer in ((_json(run / MIXING) or {}).get("layers") or {}).values()):
+            if layer["entropy"] is None:
+                continue
+            for label, value in {"all tokens": layer["entropy"], **layer["entropy_by_class"]}.items():
+                entropy.setdefault(variant, {}).setdefault(label, []).append(value)
+    labels = list(dict.fromkeys(label for found in entropy.values() for label in found))
+    rows = [
+        [variant, *(_number(fmean(found[label]) if label in found else None) for label in labels)]
+        for variant, found in entropy.items()
+    ]
+    blocks: list[Block] = []
+    if rows:
+        blocks += [Text("Gate entropy, mean over layers and seeds."), Table(("variant", *labels), rows, NOTE)]
+    return [*blocks, *_held(folders)]
+
+
+def _held(folders: Mapping[str, Sequence[Path]]) -> list[Block]:
+    """Trained against gates held at their mean, where `moa validate --freeze_gates` was asked."""
+    rows = []
+    for variant, runs in folders.items():
+        results = [result for run in runs if (result := _json(run / HELD)) is not None]
+        for metric in results[0]["trained"] if results else ():
+            trained, held = (fmean(result[kind][metric] for result in results) for kind in ("trained", "held"))
+            rows.append([variant, metric, f"{trained:.5g}", f"{held:.5g}", f"{held - trained:+.3g}", str(len(results))])
+    if not rows:
+        return []
+    note = "Held: each mix replaced by its mean over training tokens (MoA becomes LA), nothing trained after it."
+    return [Table(("run", "metric", "trained", "gates held", "difference", "runs"), rows, note)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and report again") from error
