@@ -35,6 +35,9 @@ def token_means(net: nn.Module, forward: Callable[[Any], Any], batches: Iterable
 
     Returns:
         Qualified name in `net` -> float64 (K,) or (K, K).
+
+    Raises:
+        UserError: the net has experts, whose mixes are held as one.
     """
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
@@ -51,6 +54,8 @@ def token_means(net: nn.Module, forward: Callable[[Any], Any], batches: Iterable
     with ExitStack() as hooks:
         for name, module in net.named_modules():
             if isinstance(module, MixCoefficients):
+                if module.stack:
+                    raise UserError(f"the gates of experts ({name}) cannot be averaged; use a net without experts")
                 hooks.callback(module.register_forward_pre_hook(add(name)).remove)
         for batch in batches:
             forward(batch)
@@ -80,44 +85,42 @@ def hold_mixes(net: nn.Module, means: Mapping[str, Tensor]) -> list[str]:
     return held
 
 
-def start_mixes(net: nn.Module, required: bool = True) -> None:
+def start_mixes(net: nn.Module) -> list[Path]:
     """Set the start of all layers whose config has `start_from`.
 
-    Args:
-        required: False where a checkpoint will overwrite the values anyway; a missing file is then no mistake.
+    Returns:
+        The files that do not exist; their layers keep the start that they have. That is no mistake where a checkpoint
+        overwrites it, so the caller decides.
 
     Raises:
-        UserError: the file is missing or damaged, or is about another net.
+        UserError: a file is damaged, or about another net.
     """
     layers = {n: m for n, m in net.named_modules() if isinstance(m, FeedForward) and m.config.start_from}
+    missing = []
     for source in dict.fromkeys(str(layer.config.start_from) for layer in layers.values()):
-        if not required and not _file(source).is_file():
+        path = _file(source)
+        if not path.is_file():
+            missing.append(path)
             continue
-        known = {TWIN.sub("", name): mean for name, mean in read_means(source).items()}
-        wanted = [
-            f"{n}.{a}" for n, layer in layers.items() if layer.config.start_from == source for a in layer.mixings()
-        ]
-        if missing := [name for name in wanted if TWIN.sub("", name) not in known]:
-            raise UserError(
-                f"{_file(source)} knows no mix '{missing[0]}': ffn.start_from must name a run of the same net"
-            )
+        known = {TWIN.sub("", name): mean for name, mean in read_means(path).items()}
+        about = {name: layer for name, layer in layers.items() if layer.config.start_from == source}
+        wanted = [f"{name}.{attribute}" for name, layer in about.items() for attribute in layer.mixings()]
+        for name in wanted:
+            if TWIN.sub("", name) not in known:
+                raise UserError(f"{path} knows no mix '{name}': ffn.start_from must name a run of the same net")
         hold_mixes(net, {name: known[TWIN.sub("", name)] for name in wanted})
+    return missing
 
 
-def read_means(source: str) -> dict[str, Tensor]:
-    """Qualified name of each mix in its net -> mean coefficients, of a run's folder or its mixing.json.
+def read_means(path: Path) -> dict[str, Tensor]:
+    """Qualified name of each mix in its net -> mean coefficients, of a mixing.json.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it is damaged.
     """
-    path = _file(source)
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
         return {layer["module"]: torch.tensor(layer["mean"], dtype=torch.float64) for layer in layers.values()}
-    except OSError:
-        raise UserError(
-            f"ffn.start_from: there is no {path}; name a run with learned mixes that has validated"
-        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); name another run in ffn.start_from") from error
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import UserError
 from .feedforward import FeedForward, FFNConfig
 from .mixing import FixedActivation, MixCoefficients, Mixing, PairMixing, _GatedCoefficients, gate_function
 
@@ -87,6 +88,8 @@ class StackedMixing(MixCoefficients):
     def __init__(self, experts: int, *arguments: Any) -> None:
         self.stack = (experts,)
         super().__init__(*arguments)
+        if self.kind == "shuffled":
+            raise UserError("ffn.gates 'shuffled' moves gates between samples, whose places experts do not keep")
 
     def gates(self, x: Tensor, rows: Rows | None = None) -> Tensor | None:
         """g(u_kᵀ x + b_k) of each row's own expert."""

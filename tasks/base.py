@@ -8,6 +8,7 @@ hyper-parameters, so that a checkpoint can be loaded without it.
 import math
 import os
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import lightning as L
@@ -53,6 +54,7 @@ class Task(L.LightningModule):
         self.compile_net = compile
         self.activation_checkpointing = activation_checkpointing
         self.net: Any = None
+        self.missing_starts: list[Path] = []
         self.step_skipped = torch.zeros(())  # 1 where the last optimiser step was skipped
 
     def keep_hyperparameters(self, **values: Any) -> None:
@@ -82,7 +84,7 @@ class Task(L.LightningModule):
         if self.seed is None:
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
         self.net = self._build(self.seed)
-        start_mixes(self.net, required=self._trainer is None or self.trainer.ckpt_path is None)
+        self.missing_starts = start_mixes(self.net)
         if self.activation_checkpointing:
             checkpoint_blocks(self.net, selective=self.activation_checkpointing == "selective")
         if self.compile_net:
@@ -107,6 +109,12 @@ class Task(L.LightningModule):
                 return net
             rank_zero_info(f"the net is built whole in every process: {loaded[0]} ... do not follow from seed and name")
             return self.build(seed)
+
+    def on_train_start(self) -> None:
+        """Refuse to begin with mixes whose start is not there; a run that goes on has theirs in its checkpoint."""
+        if self.global_step == 0 and self.missing_starts:
+            path = self.missing_starts[0]
+            raise UserError(f"ffn.start_from: there is no {path}; name a run of LA or MoA that has validated")
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.net, self.optimizer_config, self.total_steps)

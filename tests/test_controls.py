@@ -12,6 +12,7 @@ from moa_lightning import FeedForward, FFNConfig, UserError, inject
 from moa_lightning.activations import DICTIONARY
 from moa_lightning.configs import load_config
 from moa_lightning.controls import hold_mixes, start_mixes, token_means
+from moa_lightning.experts import Experts
 from moa_lightning.feedforward import matched_hidden_dim
 from moa_lightning.mixing import Mixing, PairMixing
 from moa_lightning.models import GPT, GPTConfig
@@ -105,6 +106,15 @@ def test_shuffled_gates_tell_no_position_of_a_language_model_its_future() -> Non
         assert not torch.allclose(after[(sample + 1) % 3, 5:], before[(sample + 1) % 3, 5:])  # its gates are lent
 
 
+def test_experts_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(UserError, match="experts"):
+        Experts(2, 8, FFNConfig("moa", gates="shuffled"))
+    experts = Experts(2, 8, FFNConfig("moa", gates="frozen"))
+    assert experts.parameter_count() == sum(p.numel() for p in experts.parameters())
+    with pytest.raises(UserError, match="experts"):
+        token_means(experts, experts, [torch.randn(2, 3, 8)])
+
+
 # --- gates held at their mean, and LA begun there ---------------------------------------------------------------------
 
 
@@ -175,9 +185,7 @@ def test_a_teacher_starts_as_its_student_did(tmp_path: Path) -> None:
 
 def test_starts_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
     net = gpt(FFNConfig("la", start_from=str(tmp_path)))
-    with pytest.raises(UserError, match="there is no"):
-        start_mixes(net)
-    start_mixes(net, required=False)
+    assert start_mixes(net) == [tmp_path / "mixing.json"]
     write_means(tmp_path / "mixing.json", {"blocks.0.mlp.up_mix": [0.0] * 7})
     with pytest.raises(UserError, match=r"blocks\.1\.mlp\.up_mix"):
         start_mixes(net)

@@ -78,7 +78,8 @@ class LearnedMixes(L.Callback):
 
     Pictures mixing/training and mixing/patches, text mixing/tokens; as files <run_dir>/pictures/mixing-training-step*,
     mixing-patches-step* and <run_dir>/samples/mixing-tokens-step*. The first process looks at its part of the batch.
-    Curves need a mix with one entry axis, so pairs are in mixing.json only.
+    Curves need a mix with one entry axis, so pairs are in mixing.json only. Experts are left out: their tokens stand
+    no longer in the places that classes go by.
     """
 
     def __init__(self) -> None:
@@ -105,7 +106,7 @@ class LearnedMixes(L.Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if batch_idx or not fitting or not trainer.is_global_zero:
             return
-        mixes = {name: m for name, m in pl_module.named_modules() if isinstance(m, MixCoefficients)}
+        mixes = {n: m for n, m in pl_module.named_modules() if isinstance(m, MixCoefficients) and not m.stack}
         if not mixes:
             return
         self._seen, self._histograms, self._batch = {}, {}, batch
@@ -257,8 +258,8 @@ def _facts(name: str, mix: MixCoefficients, seen: Seen, classes: TokenClasses | 
         "module": name.removeprefix("net."),
         "entries": list(mix.entries),
         "gate": mix.gate,
-        "mean": c.mean((0, 1)).view(mix.base.shape).tolist(),
-        "std": c.std((0, 1), correction=0).view(mix.base.shape).tolist(),
+        "mean": c.mean((0, 1)).view(mix.entry_shape).tolist(),
+        "std": c.std((0, 1), correction=0).view(mix.entry_shape).tolist(),
         "entropy": None if entropy is None else entropy.double().mean().item(),
         "entropy_by_class": by_class,
         "class_shares": shares,
