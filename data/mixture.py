@@ -226,7 +226,8 @@ class Mixture(TextModule):
         return MixedSamples(list(parts.values()), list(self.counts.values()), blocks, self.seed)
 
     def describe_source(self) -> dict[str, str | int]:
-        total, shown, facts, digests = sum(self.counts.values()), [], {}, []
+        facts: dict[str, str | int] = {}
+        total, shown, digests = sum(self.counts.values()), [], []
         for name, source in self.sources.items():
             passes = self.counts[name] / source.train_samples
             repeats = f", read {passes:.2f} times an epoch" if passes > 1 else ""
