@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
-from moa_lightning.losses import DINOLoss
+from moa_lightning.losses import DINOLoss, koleo_loss
 from moa_lightning.models import SelfDistillation
 from moa_lightning.models.attention import attention_maps
 from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule
@@ -40,6 +40,7 @@ class DINO(SelfSupervised):
         freeze_last_layer: share of the run during which the last layer stands still.
         teacher_momentum: weight of the old teacher at the first step; rises to 1 along a cosine.
         center_momentum: weight of the old centre.
+        koleo_weight: of KoLeo on the student's features of the global crops, as in DINOv2 (0.1 there); 0: without.
         final_weight_decay: weight decay at the end of the run, reached along a cosine; None: constant.
         optimizer: AdamW or Muon, and the schedule.
         image_size: pixels of the global crops; None: the data's.
@@ -67,6 +68,7 @@ class DINO(SelfSupervised):
         freeze_last_layer: float = 0.01,
         teacher_momentum: float = 0.996,
         center_momentum: float = 0.9,
+        koleo_weight: float = 0.0,
         final_weight_decay: float | None = 0.4,
         optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, weight_decay=0.04),  # noqa: B008
         image_size: int | None = None,
@@ -93,6 +95,7 @@ class DINO(SelfSupervised):
             freeze_last_layer=freeze_last_layer,
             teacher_momentum=teacher_momentum,
             center_momentum=center_momentum,
+            koleo_weight=koleo_weight,
             final_weight_decay=final_weight_decay,
             optimizer=self.optimizer_config,
             image_size=image_size,
@@ -103,6 +106,7 @@ class DINO(SelfSupervised):
         )
         self.loss = DINOLoss(out_dim, student_temperature, center_momentum)
         self.view_sizes: list[int] = []
+        self._student_features: Tensor | None = None
 
     def build(self, seed: int) -> nn.Module:
         h = self.hparams
@@ -120,6 +124,26 @@ class DINO(SelfSupervised):
             seed,
         )
 
+    def watch_features(self) -> None:
+        """Features on their way into the heads: the teacher's of the first global crop to be watched, the student's
+        of all crops for KoLeo."""
+
+        def keep_teacher(head: nn.Module, inputs: tuple[Tensor]) -> None:
+            self.train_features = inputs[0].detach()[: len(inputs[0]) // 2]
+
+        def keep_student(head: nn.Module, inputs: tuple[Tensor]) -> None:
+            self._student_features = inputs[0]
+
+        self.net.teacher.head.register_forward_pre_hook(keep_teacher)
+        if self.hparams["koleo_weight"]:
+            self.net.student.head.register_forward_pre_hook(keep_student)
+
+    def koleo(self, batch_size: int) -> Tensor:
+        """KoLeo of the last forward pass, summed over the two global crops."""
+        features, self._student_features = self._student_features, None  # kept longer, it would hold the whole graph
+        assert features is not None
+        return sum((koleo_loss(crop) for crop in features[: 2 * batch_size].split(batch_size)), features.new_zeros(()))
+
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         if len(batch["views"]) < 2:
             raise UserError("DINO needs at least two views of an image: set data.init_args.transform to MultiCrop")
@@ -127,6 +151,11 @@ class DINO(SelfSupervised):
         student, teacher = self.net(batch["views"])
         loss, entropy = self.loss(student, teacher, self.teacher_temperature())
         self.loss.update_center(teacher)
+        weight = self.hparams["koleo_weight"]
+        if weight:
+            koleo = self.koleo(len(teacher) // 2)
+            self.log("train/koleo", koleo.detach(), sync_dist=True)
+            loss = loss + weight * koleo
         self.log("train/loss", loss.detach(), sync_dist=True)
         self.log("train/teacher_entropy", entropy / math.log(self.hparams["out_dim"]), sync_dist=True)
         return loss

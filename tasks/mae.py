@@ -98,6 +98,15 @@ class MAE(SelfSupervised):
             seed,
         )
 
+    def watch_features(self) -> None:
+        """The mean of the visible patches, on their way into the decoder."""
+
+        def keep(decoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if self.training:
+                self.train_features = inputs[1].detach().mean(1)
+
+        self.net.decoder.register_forward_pre_hook(keep)
+
     def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, predicted patches (B, N, p²·C) and mask (B, N), the mask drawn from the samples' seeds (B,)."""
         predicted, mask = self.net(images, uniform(seeds, self.net.num_patches, MASK_STREAM))

@@ -1,4 +1,5 @@
-"""What the self-supervised vision tasks share: the k-NN accuracy of frozen features on held-out labels.
+"""What the self-supervised vision tasks share: the k-NN accuracy, rank and spread of features of held-out images, and
+the features that callbacks watch.
 
 The data module's evaluation loaders are [bank, query]: labelled training images to compare with, held-out images to
 classify.
@@ -9,21 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_lightning.evaluation import KNNAccuracy
+from moa_lightning.evaluation import KNNAccuracy, feature_rank, feature_spread
 from moa_lightning.evaluation.token_classes import TokenClasses, patch_classes
 from moa_lightning.models.vit import is_plain
 
 from .base import Task
 
 BANK, QUERY = 0, 1
+RANK_IMAGES = 8192  # more would hardly move the rank of a few hundred dimensions, and cost seconds
 
 
 class SelfSupervised(Task):
-    """Base of MAE and DINO: features of the net are judged by k-NN (k = 20, T = 0.07, as DINO evaluates)."""
+    """Base of MAE and DINO: features of the net are judged by k-NN (k = 20, T = 0.07, as DINO evaluates).
+
+    Attributes:
+        train_features: detached (B, D), what the last training step computed of the batch anyway; its callbacks' input.
+        eval_features: (B, D) of the last evaluated batch.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.knn = KNNAccuracy()
+        self.train_features: Tensor | None = None
+        self.eval_features: Tensor | None = None
+        self._queries: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            super().configure_model()
+            self.watch_features()
+
+    def watch_features(self) -> None:
+        """Have the net leave `train_features` in every training step."""
 
     def features(self, images: Tensor) -> Tensor:
         """Frozen features of images (B, C, H, W) -> (B, D)."""
@@ -63,7 +81,9 @@ class SelfSupervised(Task):
         """What a task measures on held-out images besides k-NN."""
 
     def _collect(self, batch: dict[str, Any], loader: int) -> None:
-        features = self.features(batch["image"])
+        self.eval_features = features = self.features(batch["image"])
+        if loader == QUERY:
+            self._queries.append(features)
         if loader == BANK:
             self.knn.add_bank(features, batch["label"])
         else:
@@ -80,6 +100,15 @@ class SelfSupervised(Task):
         self.knn.reset()
         if not torch.isnan(accuracy):
             self.log(f"{split}/knn_top1", accuracy, prog_bar=True, sync_dist=True)
+        self._report_rank(split)
+
+    def _report_rank(self, split: str) -> None:
+        """Rank and spread of the features of this process's held-out images, averaged over processes."""
+        if self._queries:  # on all processes or on none: their loaders are of equal length
+            queries = torch.cat(self._queries)[:RANK_IMAGES]
+            self._queries = []
+            self.log(f"{split}/feature_rank", feature_rank(queries), sync_dist=True)
+            self.log(f"{split}/feature_spread", feature_spread(queries), sync_dist=True)
 
 
 def picture(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -2,12 +2,14 @@
 
 import lightning as L
 
+from .collapse import Collapse
 from .convergence import Convergence
 from .dashboard import Dashboard
 from .data_faults import DataFaults
 from .gradients import GradientNorm
 from .learned_mixes import LearnedMixes
 from .learning_rate import LearningRate
+from .linear_probe import OnlineProbe
 from .mixing import MixingTelemetry
 from .pictures import Pictures
 from .restored import RestoredState
@@ -15,6 +17,7 @@ from .routing import RoutingTelemetry
 from .throughput import Throughput
 
 __all__ = [
+    "Collapse",
     "Convergence",
     "Dashboard",
     "DataFaults",
@@ -22,6 +25,7 @@ __all__ = [
     "LearnedMixes",
     "LearningRate",
     "MixingTelemetry",
+    "OnlineProbe",
     "Pictures",
     "RestoredState",
     "RoutingTelemetry",
@@ -41,6 +45,8 @@ def default_callbacks() -> list[L.Callback]:
         MixingTelemetry(),
         RoutingTelemetry(),
         LearnedMixes(),
+        OnlineProbe(),
+        Collapse(),
         Pictures(),
         DataFaults(),
         Convergence(),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ..experiments.progress import duration
+from .collapse import Collapse
 from .common import TrainingClock
 
 # Shown besides what is logged with prog_bar: Lightning reads those values from the device after every batch, and so has
@@ -146,4 +147,6 @@ class StepProgress(ProgressBar):
             values: dict[str, Any] = {n: value for n, value in trainer.callback_metrics.items() if n in SHOWN}
             values |= trainer.progress_bar_metrics
             parts += [f"{name} {float(value):.4g}" for name, value in values.items()]
+            callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            parts += [callback.words for callback in callbacks if isinstance(callback, Collapse) and callback.words]
         return "  ".join(parts)

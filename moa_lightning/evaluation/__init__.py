@@ -1,6 +1,8 @@
-"""What a representation or a language model is worth, as torchmetrics that add up over processes."""
+"""What a representation or a language model is worth: functions, torchmetrics that add up over processes, a probe."""
 
 from .knn import KNNAccuracy, knn_votes
+from .linear import LinearProbe
+from .rank import feature_rank, feature_spread
 from .text import TextMetrics
 
-__all__ = ["KNNAccuracy", "TextMetrics", "knn_votes"]
+__all__ = ["KNNAccuracy", "LinearProbe", "TextMetrics", "feature_rank", "feature_spread", "knn_votes"]

@@ -1,0 +1,83 @@
+"""Says in words, while it happens, that a self-supervised net collapses: that it tells images no longer apart.
+
+Three figures of the training batch show it on logging steps: how much of the features' energy differs between images
+(train/feature_spread), the feature rank (train/feature_rank, RankMe) and, with DINO, the entropy of the teacher's
+outputs (train/teacher_entropy, in units of the uniform distribution's). A diagnosis needs the same finding on
+`PATIENCE` logging steps in a row: nets pass through such states early in a run. It stands in the progress bar and the
+log, as text in TensorBoard, and as train/collapsed (0 or 1).
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from ..evaluation.rank import feature_rank, feature_spread
+from .common import is_logging_step, log_scalars, tensorboard_step, tensorboard_writer
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 3  # logging steps
+LEAST_SPREAD = 0.01  # untrained nets with a class token have 0.04 to 0.2, collapsed ones below 0.01
+LEAST_RANK = 1.5  # of images that are not all alike
+MOST_ENTROPY = 0.995  # of the teacher, in units of the uniform distribution's
+
+
+def diagnosis(figures: Mapping[str, float]) -> str:
+    """What is wrong in a few words, "" where nothing is.
+
+    Args:
+        figures: train/feature_spread, train/feature_rank and, where there is a teacher, train/teacher_entropy.
+    """
+    spread, rank = figures["train/feature_spread"], figures["train/feature_rank"]
+    if spread < LEAST_SPREAD:
+        return f"collapsed: the features of all images are alike ({100 * spread:.2g} % of their energy differs)"
+    if rank < LEAST_RANK:
+        return f"collapsed: the features of all images lie on one line (feature rank {rank:.2f})"
+    entropy = figures.get("train/teacher_entropy", 0.0)
+    if entropy > MOST_ENTROPY:
+        return f"collapsed: the teacher's outputs are uniform (entropy {100 * entropy:.1f} % of the largest)"
+    return ""
+
+
+class Collapse(L.Callback):
+    """Watches what a task leaves in `train_features` (B, D); does nothing for tasks without it.
+
+    Attributes:
+        words: the present diagnosis, "" while there is none.
+    """
+
+    def __init__(self) -> None:
+        self.words = ""
+        self._seen = 0  # logging steps in a row with a finding
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"words": self.words, "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.words, self._seen = state["words"], state["seen"]
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        features: Tensor | None = getattr(pl_module, "train_features", None)
+        if features is None or not is_logging_step(trainer):
+            return
+        figures = {
+            "train/feature_spread": float(feature_spread(features)),
+            "train/feature_rank": float(feature_rank(features)),
+        }
+        entropy = trainer.callback_metrics.get("train/teacher_entropy")
+        found = diagnosis(figures if entropy is None else {**figures, "train/teacher_entropy": float(entropy)})
+        self._seen = self._seen + 1 if found else 0
+        before, self.words = self.words, found if self._seen >= PATIENCE else ""
+        log_scalars(trainer, {**figures, "train/collapsed": float(bool(self.words))})
+        if bool(before) != bool(self.words):
+            self._say(trainer, self.words or "the net tells images apart again")
+
+    def _say(self, trainer: L.Trainer, text: str) -> None:
+        if trainer.is_global_zero:
+            log.warning("step %d: %s", trainer.global_step, text)
+        writer = tensorboard_writer(trainer)
+        if writer is not None:
+            writer.add_text("train/collapse", text, tensorboard_step(trainer))
