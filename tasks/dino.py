@@ -20,6 +20,19 @@ from .base import Recompute, as_config
 from .vision import SelfSupervised, picture
 
 PICTURES = 8
+LONG_RUN = 10_000  # steps
+MOST_PROTOTYPES = 65536  # of the official recipe, for 1.28 million images
+
+
+def default_out_dim(images: int) -> int:
+    """Prototypes for a training set of so many images: 1 to 20 as in the official recipe, a power of two."""
+    return min(MOST_PROTOTYPES, max(256, 2 ** round(math.log2(max(images, 1) / 20))))
+
+
+def default_momentum(steps: int) -> float:
+    """The teacher's first momentum for a run of so many optimiser steps: a mean over a twentieth of them, but over ten
+    steps at least and over 250 (the official 0.996) at most."""
+    return 1 - 1 / min(250, max(10, steps / 20))
 
 
 class DINO(SelfSupervised):
@@ -29,18 +42,20 @@ class DINO(SelfSupervised):
         backbone: timm model name.
         backbone_args: options for timm (embed_dim, depth, num_heads, patch_size, ...).
         ffn: feed-forward layers of student and teacher.
-        out_dim: prototypes of the head.
+        out_dim: prototypes of the head; None: about one for twenty training images, see `default_out_dim`.
         head_hidden_dim, head_bottleneck_dim: widths inside the head.
         norm_last_layer: hold the prototypes' norms at 1.
         drop_path_rate: of the student.
         student_temperature: divides the student's outputs.
-        teacher_temperature: divides the teacher's outputs after its warm-up.
+        teacher_temperature: divides the teacher's outputs after its warm-up; None: 0.07 from 10,000 steps on,
+            as in the official one, otherwise 0.04.
         teacher_temperature_start: at the first step, rising linearly.
         teacher_temperature_warmup: share of the run over which it rises.
         freeze_last_layer: share of the run during which the last layer stands still.
-        teacher_momentum: weight of the old teacher at the first step; rises to 1 along a cosine.
+        teacher_momentum: weight of the old teacher at the first step; rises to 1 along a cosine. None: it averages
+            over a twentieth of the run at most, and 0.996 from 5,000 steps on.
         center_momentum: weight of the old centre.
-        koleo_weight: of KoLeo on the student's features of the global crops, as in DINOv2 (0.1 there); 0: without.
+        koleo_weight: of KoLeo on the student's features of the global crops, as in DINOv2 (there 0.1).
         final_weight_decay: weight decay at the end of the run, reached along a cosine; None: constant.
         optimizer: AdamW or Muon, and the schedule.
         image_size: pixels of the global crops; None: the data's.
@@ -56,17 +71,17 @@ class DINO(SelfSupervised):
         backbone: str = "vit_small_patch16_224",
         backbone_args: dict[str, Any] | None = None,
         ffn: FFNConfig = FFNConfig(),  # noqa: B008 - frozen
-        out_dim: int = 65536,
+        out_dim: int | None = 65536,
         head_hidden_dim: int = 2048,
         head_bottleneck_dim: int = 256,
         norm_last_layer: bool = True,
         drop_path_rate: float = 0.1,
         student_temperature: float = 0.1,
-        teacher_temperature: float = 0.07,
+        teacher_temperature: float | None = 0.07,
         teacher_temperature_start: float = 0.04,
         teacher_temperature_warmup: float = 0.3,
         freeze_last_layer: float = 0.01,
-        teacher_momentum: float = 0.996,
+        teacher_momentum: float | None = 0.996,
         center_momentum: float = 0.9,
         koleo_weight: float = 0.0,
         final_weight_decay: float | None = 0.4,
@@ -104,9 +119,33 @@ class DINO(SelfSupervised):
             compile=compile,
             activation_checkpointing=activation_checkpointing,
         )
-        self.loss = DINOLoss(out_dim, student_temperature, center_momentum)
+        self.loss: Any = None
+        self.chosen: dict[str, Any] = {}
         self.view_sizes: list[int] = []
         self._student_features: Tensor | None = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            if self.hparams["out_dim"] is None:
+                if self._trainer is None:
+                    raise UserError("out_dim is open: give model.init_args.out_dim, or train with data that know it")
+                data = self.trainer.datamodule  # type: ignore[attr-defined]
+                self._choose("out_dim", default_out_dim(data.train_samples))
+            h = self.hparams
+            self.loss = DINOLoss(h["out_dim"], h["student_temperature"], h["center_momentum"])
+        super().configure_model()
+
+    def configure_optimizers(self) -> Any:
+        steps = self.total_steps
+        if self.hparams["teacher_momentum"] is None:
+            self._choose("teacher_momentum", default_momentum(steps))
+        if self.hparams["teacher_temperature"] is None:
+            self._choose("teacher_temperature", 0.07 if steps >= LONG_RUN else 0.04)
+        return super().configure_optimizers()
+
+    def _choose(self, name: str, value: Any) -> None:
+        """Fill in an option that was left open; the start of the log says so, and the checkpoint holds it."""
+        self.chosen[name] = self.hparams[name] = value
 
     def build(self, seed: int) -> nn.Module:
         h = self.hparams

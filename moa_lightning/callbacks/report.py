@@ -47,6 +47,11 @@ class RunReport(L.Callback):
             "length": describe_length(trainer, data.batch_size),
             "device": describe_device(trainer),
         }
+        chosen: dict[str, Any] = getattr(pl_module, "chosen", {})
+        if chosen:
+            lines["chosen"] = (
+                ", ".join(f"{name} {value:.6g}" for name, value in chosen.items()) + " to fit data and steps"
+            )
         if self.run_dir is not None:
             lines["folder"] = str(self.run_dir)
             start = {**environment.describe(trainer.strategy.root_device), "run": describe_device(trainer)}

@@ -51,7 +51,10 @@ class LinearProbe:
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """One step of Adam on features (B, D) with labels (B,); label -1 and what is not finite are left out, over all processes together."""
+        """One step of Adam on features (B, D) with labels (B,), over all processes together.
+
+        Label -1 and features that are not finite are left out.
+        """
         known = (labels >= 0) & features.isfinite().all(1)  # what is not finite would stay in the state for ever
         features = torch.where(known[:, None], features.float(), 0.0)
         count = known.sum().float()

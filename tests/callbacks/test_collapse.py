@@ -1,4 +1,4 @@
-"""That a collapse is said while it happens: in words, in TensorBoard and in the progress line; and not of a sound net."""
+"""That a collapse is said while it happens, in words, in TensorBoard and in the progress line, and only then."""
 
 import io
 import logging

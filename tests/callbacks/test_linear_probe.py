@@ -53,7 +53,7 @@ def data_for_query(kind: str, folder: Path) -> list[Any]:
 
 def test_a_resumed_run_has_the_probe_of_a_run_in_one_go(tmp_path) -> None:
     whole, resumed = OnlineProbe(), OnlineProbe()
-    _, run = fit("mae", tmp_path, [whole], 6, limit_val_batches=0)
+    fit("mae", tmp_path, [whole], 6, limit_val_batches=0)
     half, first = (
         task("mae", "moa", seed=0),
         trainer(6, tmp_path, callbacks=[OnlineProbe(), Stop(3)], limit_val_batches=0),

@@ -16,8 +16,8 @@ from tests.tasks.recorder import Recorder
 FFNS = ("gelu", "la", "moa", "moa_gated_both")
 METRICS = {
     "language": {"val/loss", "val/perplexity", "val/bits_per_byte"},
-    "mae": {"val/loss", "val/knn_top1"},
-    "dino": {"val/knn_top1"},
+    "mae": {"val/loss", "val/knn_top1", "val/feature_rank", "val/feature_spread"},
+    "dino": {"val/knn_top1", "val/feature_rank", "val/feature_spread"},
 }
 
 

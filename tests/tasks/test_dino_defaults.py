@@ -1,0 +1,62 @@
+"""What DINO chooses where an option is left open, and KoLeo in its loss."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from moa_lightning.callbacks.report import RunReport
+from moa_lightning.errors import UserError
+from moa_lightning.losses import koleo_loss
+from tasks import DINO
+from tasks.dino import default_momentum, default_out_dim
+from tests.tasks.conftest import data_for, task, trainer
+
+
+@pytest.mark.parametrize(
+    ("images", "prototypes"), [(1, 256), (3_500, 256), (60_000, 4096), (1_281_167, 65536), (10**9, 65536)]
+)
+def test_prototypes_are_one_for_twenty_images(images: int, prototypes: int) -> None:
+    assert default_out_dim(images) == prototypes
+
+
+@pytest.mark.parametrize(("steps", "momentum"), [(1, 0.9), (400, 0.95), (5_000, 0.996), (125_000, 0.996)])
+def test_the_teacher_averages_over_a_twentieth_of_the_run(steps: int, momentum: float) -> None:
+    assert default_momentum(steps) == pytest.approx(momentum)
+
+
+def test_open_options_are_chosen_said_and_kept_in_the_checkpoint(text, tmp_path) -> None:
+    model = task("dino", out_dim=None, teacher_momentum=None, teacher_temperature=None)
+    shown = io.StringIO()
+    run = trainer(2, tmp_path, callbacks=[RunReport(None, [], console=Console(file=shown, soft_wrap=True))])
+    run.fit(model, datamodule=data_for("dino", text))
+    assert "chosen  out_dim 256, teacher_momentum 0.9, teacher_temperature 0.04" in shown.getvalue()
+    assert model.loss.center.shape == (1, 256)
+    assert model.teacher_temperature() == pytest.approx(0.04)
+    run.save_checkpoint(tmp_path / "task.ckpt")
+    loaded = DINO.load_from_checkpoint(tmp_path / "task.ckpt", weights_only=True)
+    assert loaded.hparams["out_dim"] == 256
+    assert torch.equal(loaded.loss.center, model.loss.center)
+
+
+def test_without_data_the_number_of_prototypes_must_be_given() -> None:
+    with pytest.raises(UserError, match="out_dim is open"):
+        task("dino", out_dim=None, image_size=28, channels=1).configure_model()
+
+
+def test_koleo_is_added_for_the_students_global_crops(text, tmp_path) -> None:
+    losses, model = {}, None
+    for weight in (0.0, 0.5):
+        model = task("dino", seed=0, koleo_weight=weight)
+        trainer(1, tmp_path, limit_val_batches=0, limit_train_batches=1).fit(model, datamodule=data_for("dino", text))
+        batch = next(iter(model.trainer.datamodule.train_dataloader()))
+        fresh = task("dino", seed=0, koleo_weight=weight, image_size=28, channels=1)
+        fresh.configure_model()
+        fresh.log = lambda *args, **kwargs: None
+        fresh.teacher_temperature = lambda: 0.04
+        losses[weight] = fresh.training_step(batch, 0)
+        features = [fresh.net.student.backbone(view) for view in batch["views"][:2]]
+        assert fresh._student_features is None
+    expected = 0.5 * sum(koleo_loss(crop) for crop in features)
+    assert (losses[0.5] - losses[0.0]).item() == pytest.approx(expected.item(), rel=1e-4)
