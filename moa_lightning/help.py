@@ -146,7 +146,12 @@ moa {command} --help all          every option
 
 COMMAND_HELP = {
     "fit": _FIT,
-    "validate": _evaluation("validate", "Measure on the validation split.", "Prints a table of metrics."),
+    "validate": _evaluation(
+        "validate",
+        "Measure on the validation split.",
+        "Prints a table of metrics. With\n--freeze_gates N it measures once more, every mix held at its mean over N training "
+        "batches.",
+    ),
     "test": _evaluation("test", "Measure on the test split.", "Prints a table of metrics."),
     "predict": _evaluation(
         "predict",
