@@ -149,8 +149,8 @@ COMMAND_HELP = {
     "validate": _evaluation(
         "validate",
         "Measure on the validation split.",
-        "Prints a table of metrics. With\n--freeze_gates N it measures once more, every mix held at its mean over N training "
-        "batches.",
+        "Prints a table of metrics. With\n--freeze_gates N it measures once more, every mix held at its mean over N "
+        "training batches.",
     ),
     "test": _evaluation("test", "Measure on the test split.", "Prints a table of metrics."),
     "predict": _evaluation(
