@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from data import TextFiles, TokenFiles
 from data.command import data_command
-from data.sources import PIECE, Bad, documents
+from data.sources import PIECE, Bad, cut_place, documents
 from data.token_files import HEADER_BYTES, find_tokens
 from data.token_writer import train_tokenizer, write_tokens
 from data.tokenizer import END_OF_TEXT, open_tokenizer
@@ -160,6 +160,10 @@ def test_zst_and_parquet_where_their_packages_are(tmp_path, monkeypatch):
         assert found == texts
     with pytest.raises(UserError, match="no column 'text'"):
         list(documents([str(tmp_path / "c.parquet")], "text", True, Bad()))
+
+
+def test_a_cut_lies_between_two_words_on_two_lines():
+    assert cut_place(b"x" * 20 + b"\nab\n\ncd \nef\n gh") == 21
 
 
 def test_a_long_text_comes_in_pieces_that_change_no_token(bpe, tmp_path):
