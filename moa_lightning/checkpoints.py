@@ -26,7 +26,12 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UserError
@@ -394,6 +399,15 @@ class _TableUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if _TABLE_CLASSES.get(name) == module:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # Python 3.11.2 pickles members of an enum so
+            return _memory_format
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"unsupported class {module}.{name}")
+
+
+def _memory_format(kind: Any, name: Any) -> _MEM_FORMAT_ENCODING:
+    """The one attribute that a table may look up: a member of this enum, by its name."""
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"unsupported attribute {name!r}")
+    return _MEM_FORMAT_ENCODING[name]

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_lightning.evaluation import KNNAccuracy, feature_rank, feature_spread
+from moa_lightning.evaluation import FeatureSpectrum, KNNAccuracy
 from moa_lightning.evaluation.token_classes import TokenClasses, patch_classes
 from moa_lightning.models.vit import is_plain
 
 from .base import Task
 
 BANK, QUERY = 0, 1
-RANK_IMAGES = 8192  # more would hardly move the rank of a few hundred dimensions, and cost seconds
 
 
 class SelfSupervised(Task):
@@ -33,7 +32,7 @@ class SelfSupervised(Task):
         self.knn = KNNAccuracy()
         self.train_features: Tensor | None = None
         self.eval_features: Tensor | None = None
-        self._queries: list[Tensor] = []
+        self.spectrum = FeatureSpectrum()
 
     def configure_model(self) -> None:
         if self.net is None:
@@ -83,7 +82,7 @@ class SelfSupervised(Task):
     def _collect(self, batch: dict[str, Any], loader: int) -> None:
         self.eval_features = features = self.features(batch["image"])
         if loader == QUERY:
-            self._queries.append(features)
+            self.spectrum.update(features[batch["id"] >= 0])
         if loader == BANK:
             self.knn.add_bank(features, batch["label"])
         else:
@@ -100,15 +99,10 @@ class SelfSupervised(Task):
         self.knn.reset()
         if not torch.isnan(accuracy):
             self.log(f"{split}/knn_top1", accuracy, prog_bar=True, sync_dist=True)
-        self._report_rank(split)
-
-    def _report_rank(self, split: str) -> None:
-        """Rank and spread of the features of this process's held-out images, averaged over processes."""
-        if self._queries:  # on all processes or on none: their loaders are of equal length
-            queries = torch.cat(self._queries)[:RANK_IMAGES]
-            self._queries = []
-            self.log(f"{split}/feature_rank", feature_rank(queries), sync_dist=True)
-            self.log(f"{split}/feature_spread", feature_spread(queries), sync_dist=True)
+        figures = self.spectrum.compute()
+        self.spectrum.reset()
+        for name, value in figures.items():
+            self.log(f"{split}/{name}", value.float(), sync_dist=True)
 
 
 def picture(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

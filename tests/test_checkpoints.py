@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there at all, readable without running code, and the ones kept that should be."""
 
+import io
 import os
 import pickle
 import resource
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from moa_lightning.checkpoints import CheckpointQueue, RunCheckpointIO, join_tensors, split_tensors
+from moa_lightning.checkpoints import CheckpointQueue, RunCheckpointIO, _TableUnpickler, join_tensors, split_tensors
 from moa_lightning.errors import UserError
 from moa_lightning.run_folder import last_checkpoint
 
@@ -152,6 +154,22 @@ def test_the_table_of_shards_may_name_its_own_classes_only(tmp_path, shards, nam
     (shards / ".metadata").write_bytes(b"\x80\x04" + opcodes)  # a name with dots reaches into what the module imports
     with pytest.raises(UserError, match="could run code"):
         RunCheckpointIO().load_checkpoint(shards)
+
+
+@pytest.mark.parametrize("attribute", ["TORCH_CONTIGUOUS_FORMAT", "__class__"])
+def test_the_table_may_look_up_members_of_its_enum_only(attribute):
+    """Python 3.11.2 pickles a member of an enum as getattr(enum, name)."""
+
+    class Lookup:
+        def __reduce__(self):
+            return getattr, (_MEM_FORMAT_ENCODING, attribute)
+
+    table = _TableUnpickler(io.BytesIO(pickle.dumps(Lookup())))
+    if attribute == "__class__":
+        with pytest.raises(pickle.UnpicklingError, match="unsupported attribute"):
+            table.load()
+    else:
+        assert table.load() is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
 
 
 def test_damaged_shards_are_one_sentence(shards):

@@ -2,7 +2,15 @@
 
 from .knn import KNNAccuracy, knn_votes
 from .linear import LinearProbe
-from .rank import feature_rank, feature_spread
+from .rank import FeatureSpectrum, feature_rank, feature_spread
 from .text import TextMetrics
 
-__all__ = ["KNNAccuracy", "LinearProbe", "TextMetrics", "feature_rank", "feature_spread", "knn_votes"]
+__all__ = [
+    "FeatureSpectrum",
+    "KNNAccuracy",
+    "LinearProbe",
+    "TextMetrics",
+    "feature_rank",
+    "feature_spread",
+    "knn_votes",
+]

@@ -6,6 +6,7 @@ The spread is the share of the features' energy that differs between images.
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 EPS = 1e-7  # as in RankMe, added to each share
 
@@ -19,7 +20,11 @@ def feature_rank(features: Tensor) -> Tensor:
     nothing = features.new_full((), float("nan"))
     if not features.isfinite().all():
         return nothing
-    values = torch.linalg.svdvals(features)
+    return _rank(torch.linalg.svdvals(features))
+
+
+def _rank(values: Tensor) -> Tensor:
+    """From singular values (D,)."""
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + EPS
     return torch.exp(-(shares * shares.log()).sum()).clamp_min(1.0)
 
@@ -32,3 +37,38 @@ def feature_spread(features: Tensor) -> Tensor:
     features = features.float()
     energy = features.square().sum()
     return (features - features.mean(0)).square().sum() / energy.clamp_min(torch.finfo(features.dtype).tiny)
+
+
+class FeatureSpectrum(Metric):
+    """Rank and spread of features that come in batches, over all processes: from number, sum and XᵀX in float64.
+
+    Whatever their number they take D² values, and batches and processes may divide them anyhow.
+    """
+
+    count: Tensor
+    total: Tensor
+    products: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("count", "total", "products"):  # (), and by broadcasting (D,) and (D, D)
+            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor) -> None:
+        """Features (B, D)."""
+        x = features.double()
+        self.count = self.count + len(x)
+        self.total = self.total + x.sum(0)
+        self.products = self.products + x.mT @ x
+
+    def compute(self) -> dict[str, Tensor]:
+        """feature_rank and feature_spread, float64 scalars; nothing before features have come."""
+        if not self.count > 0:
+            return {}
+        energy = self.products.diagonal().sum()
+        centred = energy - self.total.square().sum() / self.count
+        spread = centred.clamp_min(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+        if not self.products.isfinite().all():
+            return {"feature_rank": energy * torch.nan, "feature_spread": energy * torch.nan}
+        values = torch.linalg.eigvalsh(self.products).clamp_min(0).sqrt()
+        return {"feature_rank": _rank(values), "feature_spread": spread}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moa_lightning.evaluation import feature_rank, feature_spread
+from moa_lightning.evaluation import FeatureSpectrum, feature_rank, feature_spread
 
 
 def test_the_rank_counts_equal_singular_values() -> None:
@@ -30,3 +30,19 @@ def test_the_spread_is_the_share_of_energy_between_images() -> None:
     centred = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     assert float(feature_spread(centred)) == pytest.approx(1.0)
     assert float(feature_spread(centred + torch.tensor([0.0, 2.0]))) == pytest.approx(1 / 5)
+
+
+def test_batches_and_processes_may_divide_the_features_anyhow() -> None:
+    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9, 5, 3, 1, 0.1, 0]) + 0.5
+    whole = {"feature_rank": feature_rank(features), "feature_spread": feature_spread(features)}
+    for sizes in ([50], [0, 20, 30], [1] * 50):
+        spectrum = FeatureSpectrum()
+        for part in features.split(sizes):
+            spectrum.update(part)
+        found = spectrum.compute()
+        assert {name: float(value) for name, value in found.items()} == pytest.approx(
+            {name: float(value) for name, value in whole.items()}, rel=1e-5
+        )
+    assert FeatureSpectrum().compute() == {}
+    spectrum.update(torch.full((2, 6), torch.nan))
+    assert all(value.isnan() for value in spectrum.compute().values())
