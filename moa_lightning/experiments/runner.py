@@ -128,7 +128,6 @@ class _Work:
     def run(self) -> list[Failure]:
         failures: list[Failure] = []
         under_way: list[Run] = []
-        message = ""
         try:
             under_way = self.executor.adopt(self.waiting([], failures))
             for run in under_way:
@@ -139,13 +138,12 @@ class _Work:
                 if not waiting and not under_way:
                     return failures
                 under_way += self.start(waiting[: max(0, self.executor.room())])
-                for ended in self.executor.wait():
+                for ended in self.executor.wait() if under_way else []:
                     under_way.remove(ended.run)
                     failure = self.ended(ended)
                     failures += [failure] if failure else []
         except KeyboardInterrupt:
-            message = self.executor.stop()
-            raise KeyboardInterrupt(message) from None
+            raise KeyboardInterrupt(self.executor.stop()) from None
         except BaseException:
             self.executor.stop()
             raise
