@@ -57,7 +57,7 @@ def test_vision_has_averaged_gates_in_encoder_and_decoder(moa: Moa) -> None:
     outcome = moa("validate --ckpt_path moa/checkpoints/last.ckpt --freeze_gates 2")
     assert outcome.code == 0, outcome.err
     found = json.loads(Path("moa/held_gates.json").read_text())
-    assert set(found["trained"]) == set(found["held"]) == {"val/loss", "val/knn_top1"}
+    assert set(found["trained"]) == set(found["held"]) >= {"val/loss", "val/knn_top1"}
     layers = json.loads(Path("moa/mixing.json").read_text())["layers"].values()
     assert {layer["module"].split(".")[0] for layer in layers} == {"encoder", "decoder"}
     assert all({"background", "foreground"} == set(layer["entropy_by_class"]) for layer in layers)

@@ -13,6 +13,7 @@ from moa_lightning.callbacks.progress import StepProgress
 
 def trainer_at(step: int, total: int) -> Any:
     return SimpleNamespace(
+        callbacks=[],
         global_step=step,
         estimated_stepping_batches=total,
         state=SimpleNamespace(fn=TrainerFn.FITTING),
