@@ -106,22 +106,28 @@ class Loader(DataLoader):
 class DataModule(L.LightningDataModule, ABC):
     """Base of the data modules: subclasses build the splits, this class makes loaders of them.
 
+    Subclasses take these options as `**options` and hand them on; the command line reads them from here.
+
     Args:
         batch_size: samples in a micro-step over all devices together.
         num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order, crops and augmentations in training; None: the run's (--seed_everything). Held-out samples
-            always have EVAL_SEED, so that every run is judged on the same masks.
-        shuffle_block: samples that stay neighbours in the shuffled order, see `sampling.epoch_order`; 0: none.
-        on_bad_sample: what a sample does that cannot be read: "raise" ends the run, "skip" takes another one instead.
-            Data that is missing or damaged when the run starts is fatal either way, as it would shift the numbers of
-            the samples.
+        seed: of order, window offsets, crops and augmentations in training; None: the run's (--seed_everything).
+            Held-out samples always have EVAL_SEED, so that every run is judged on the same masks.
+        shuffle_block: neighbouring samples that stay together while 16 such blocks are mixed, see
+            `sampling.epoch_order`; 0 shuffles freely.
+        on_bad_sample: what a sample does that cannot be read: "raise" ends the run, "skip" counts it and takes another
+            one instead. Data that is missing or damaged when the run starts is fatal either way, as it would shift the
+            numbers of the samples.
+
+    Raises:
+        UserError: options that make no sense.
     """
 
     def __init__(
         self,
-        batch_size: int,
-        num_workers: int,
-        seed: int | None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int | None = None,
         shuffle_block: int = 0,
         on_bad_sample: OnBadSample = "raise",
     ) -> None:

@@ -12,7 +12,7 @@ import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from data.faults import OnBadSample
 from moa_lightning.errors import UserError
@@ -165,6 +165,13 @@ def corpus_sha256(documents: Iterable[Document]) -> str:
 def encoded(name: str) -> bytes:
     """The bytes of a name; what was no UTF-8 in it comes out as it was."""
     return name.encode("utf-8", "surrogateescape")
+
+
+def check_encoding(encoding: Encoding) -> Encoding:
+    """The encoding, or UserError where there is none of this name."""
+    if encoding not in get_args(Encoding):
+        raise UserError(f"encoding is {encoding!r}; choose from {', '.join(get_args(Encoding))}")
+    return encoding
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:

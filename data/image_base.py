@@ -19,7 +19,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import grayscale_to_rgb, rgb_to_grayscale
 
 from data.base import EVAL_SEED, DataModule, Loader, Samples
-from data.faults import BadSample, OnBadSample
+from data.faults import BadSample
 from data.shards import UNLABELLED
 from data.transforms import SingleView, Transform, View, plain_view, seeded
 from moa_lightning.errors import UserError
@@ -172,30 +172,29 @@ class ImageModule(DataModule):
     Args:
         image_size: side of a full view, pixels.
         channels: 1 or 3; images are converted.
+        mean, std: of each channel in [0, 1], for normalisation.
         transform: the views of training; None is SingleView().
-        bank_size: training images that evaluation compares with.
+        batch_size: samples in a micro-step over all devices together.
+        bank_size: at most so many training images for nearest-neighbour and linear evaluation.
         max_val_samples: validate on at most so many images; None takes all.
         crop_ratio: in evaluation the shorter side is resized to image_size / crop_ratio and the centre is cropped.
-        mean, std: of each channel in [0, 1], for normalisation.
+        options: `DataModule`'s.
     """
 
     def __init__(
         self,
         image_size: int,
         channels: int,
-        transform: View | None,
-        batch_size: int,
-        bank_size: int,
-        max_val_samples: int | None,
-        crop_ratio: float,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        num_workers: int,
-        seed: int | None,
-        shuffle_block: int = 0,
-        on_bad_sample: OnBadSample = "raise",
+        transform: View | None = None,
+        batch_size: int = 64,
+        bank_size: int = 4096,
+        max_val_samples: int | None = None,
+        crop_ratio: float = 1.0,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, shuffle_block, on_bad_sample)
+        super().__init__(batch_size=batch_size, **options)
         if channels not in (1, 3):
             raise UserError(f"channels is {channels} but must be 1 (grey) or 3 (RGB)")
         if min(image_size, bank_size, max_val_samples or 1) < 1 or not 0 < crop_ratio <= 1:

@@ -1,10 +1,10 @@
 """The data module for images that lie at hand: MNIST-5k, Fashion-MNIST, CIFAR-10, or a folder."""
 
+from typing import Any
+
 from data.documents import check_fractions
-from data.faults import OnBadSample
 from data.image_base import ImageModule, LabelledImages
 from data.image_sources import FOLDER_TRAITS, READERS, TRAITS, Source, read_folder, read_mnist5k
-from data.transforms import View
 
 
 class Images(ImageModule):
@@ -17,19 +17,11 @@ class Images(ImageModule):
         download: allow torchvision to download those two into `root`.
         image_size: side of a full view, pixels; None: the source's own (28, 28, 32), 224 for a folder.
         channels: 1 or 3; None: the source's own (1, 1, 3), 3 for a folder. Images are converted.
-        transform: the views of training; None is SingleView().
-        batch_size: samples in a micro-step over all devices together.
-        bank_size: at most so many training images for nearest-neighbour and linear evaluation.
         val_fraction: share of the images for validation where the source has no such split.
         test_fraction: the same for testing.
-        max_val_samples: validate on at most so many images; None takes all.
-        crop_ratio: in evaluation the shorter side is resized to image_size / crop_ratio and the centre is cropped.
         mean, std: of each channel in [0, 1]; None: known statistics of the source, ImageNet's for a folder.
-        num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order, crops and augmentations; None: the run's (--seed_everything).
         split_seed: of the split of the packaged sets; apart from `seed`, so that runs with other seeds stay comparable.
-        on_bad_sample: "raise": an image that cannot be read ends the run; "skip": it is counted, and another one takes
-            its place.
+        options: `ImageModule`'s.
 
     Raises:
         UserError: options that make no sense; in `setup`, data that is missing, empty or unreadable.
@@ -42,35 +34,22 @@ class Images(ImageModule):
         download: bool = False,
         image_size: int | None = None,
         channels: int | None = None,
-        transform: View | None = None,
-        batch_size: int = 64,
-        bank_size: int = 4096,
         val_fraction: float = 0.15,
         test_fraction: float = 0.15,
-        max_val_samples: int | None = None,
-        crop_ratio: float = 1.0,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
         split_seed: int = 0,
-        on_bad_sample: OnBadSample = "raise",
+        **options: Any,
     ) -> None:
         traits = TRAITS.get(source, FOLDER_TRAITS)
         channels = traits.channels if channels is None else channels
         super().__init__(
             image_size=traits.image_size if image_size is None else image_size,
             channels=channels,
-            transform=transform,
-            batch_size=batch_size,
-            bank_size=bank_size,
-            max_val_samples=max_val_samples,
-            crop_ratio=crop_ratio,
             mean=mean or statistics(traits.mean, channels),
             std=std or statistics(traits.std, channels),
-            num_workers=num_workers,
-            seed=seed,
-            on_bad_sample=on_bad_sample,
+            shuffle_block=0,
+            **options,
         )
         check_fractions(val_fraction, test_fraction)
         self.source, self.root, self.download, self.split_seed = source, root, download, split_seed

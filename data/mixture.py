@@ -18,7 +18,6 @@ import numpy as np
 from torch import Tensor
 
 from data.base import EVAL_SEED, Samples
-from data.faults import OnBadSample
 from data.sampling import epoch_order
 from data.text import TextModule
 from data.tokenizer import Tokenizer
@@ -127,14 +126,7 @@ class Mixture(TextModule):
         sources: text data modules by name, all with the same tokenizer.
         weights: share of each source in the samples, in any unit; None: the same for all.
         epoch_samples: samples in an epoch, rounded down to whole batches; None: as many as all sources have together.
-        context_length: tokens in a sample.
-        batch_size: samples in a micro-step over all devices together.
-        max_val_samples: validate on at most so many windows of each source, evenly spaced; None takes all.
-        max_test_samples: the same for testing.
-        num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order and window offsets; None: the run's (--seed_everything).
-        on_bad_sample: "raise": a sample that cannot be read ends the run; "skip": it is counted, and another one takes
-            its place.
+        options: `TextModule`'s.
 
     Raises:
         UserError: no sources, weights that do not fit them, sources with different tokenizers; in `setup`, what the
@@ -146,23 +138,9 @@ class Mixture(TextModule):
         sources: dict[str, TextModule],
         weights: dict[str, float] | None = None,
         epoch_samples: int | None = None,
-        context_length: int = 256,
-        batch_size: int = 32,
-        max_val_samples: int | None = None,
-        max_test_samples: int | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-        on_bad_sample: OnBadSample = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__(
-            context_length,
-            batch_size,
-            max_val_samples,
-            max_test_samples,
-            num_workers,
-            seed,
-            on_bad_sample=on_bad_sample,
-        )
+        super().__init__(shuffle_block=0, **options)
         if not sources:
             raise UserError("data.sources is empty: name at least one source")
         self.weights = dict.fromkeys(sources, 1.0) if weights is None else dict(weights)
@@ -174,12 +152,14 @@ class Mixture(TextModule):
         bad = next((name for name, weight in self.weights.items() if not 0 < weight < float("inf")), None)
         if bad is not None:
             raise UserError(f"data.weights.{bad} is {self.weights[bad]} but must be a number above 0")
-        if epoch_samples is not None and epoch_samples < batch_size:
-            raise UserError(f"epoch_samples is {epoch_samples} but a batch takes {batch_size}: give at least that many")
+        if epoch_samples is not None and epoch_samples < self.batch_size:
+            raise UserError(
+                f"epoch_samples is {epoch_samples} but a batch takes {self.batch_size}: give at least that many"
+            )
         self.sources, self.epoch_samples = dict(sources), epoch_samples
         for name, source in self.sources.items():
-            source.context_length, source.on_bad_sample = context_length, on_bad_sample
-            source.max_val_samples, source.max_test_samples = max_val_samples, max_test_samples
+            for option in ("context_length", "on_bad_sample", "max_val_samples", "max_test_samples"):
+                setattr(source, option, getattr(self, option))
             source.seed = named_seed(self.seed, f"source {name}")
 
     @property

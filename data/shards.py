@@ -305,6 +305,30 @@ class ShardMembers:
         return digest.hexdigest()
 
 
+class ShardSplits:
+    """The shards of each split.
+
+    Args:
+        extensions: as for `ShardMembers`.
+        patterns: shards of each split, as `expand` takes them; None leaves the split out.
+    """
+
+    def __init__(self, extensions: Sequence[str], **patterns: str | list[str] | None) -> None:
+        self.extensions = extensions
+        self.patterns = {split: value for split, value in patterns.items() if value}
+        self.facts: dict[str, str | int] = {}
+
+    def read(self) -> dict[str, ShardMembers]:
+        """The members of each split by the shards' indices, which are built where they are missing; sets `facts`."""
+        members = {split: ShardMembers(expand(value), self.extensions) for split, value in self.patterns.items()}
+        self.facts = {
+            "source": ", ".join(str(value) for value in self.patterns.values()),
+            "shards": sum(len(part.paths) for part in members.values()),
+            **{f"{split}_sha256": part.sha256() for split, part in members.items()},
+        }
+        return members
+
+
 @lru_cache(maxsize=64)
 def open_unchanged(path: str, stamp: Stamp) -> BinaryIO | None:
     """An open shard, None where it is not the one that was indexed.

@@ -8,15 +8,15 @@ every token after the first exactly once.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.base import EVAL_SEED, DataModule, Samples
-from data.documents import Encoding, corpus_sha256, read_corpus, split_documents
-from data.faults import BAD, OnBadSample
+from data.documents import Encoding, check_encoding, corpus_sha256, read_corpus, split_documents
+from data.faults import BAD
 from data.tokenizer import BYTES, Tokenizer, open_tokenizer
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
@@ -129,27 +129,19 @@ class TextModule(DataModule):
 
     Args:
         context_length: tokens in a sample.
-        max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
+        max_val_samples: validate on at most so many windows (of each source), evenly spaced; None takes all.
         max_test_samples: the same for testing.
-        encoding: "bytes" takes documents as they are, "utf-8" takes one that is not for a bad sample.
+        options: `DataModule`'s.
     """
 
     def __init__(
         self,
-        context_length: int,
-        batch_size: int,
-        max_val_samples: int | None,
-        max_test_samples: int | None,
-        num_workers: int,
-        seed: int | None,
-        shuffle_block: int = 0,
-        on_bad_sample: OnBadSample = "raise",
-        encoding: Encoding = "bytes",
+        context_length: int = 256,
+        max_val_samples: int | None = None,
+        max_test_samples: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, shuffle_block, on_bad_sample)
-        if encoding not in get_args(Encoding):
-            raise UserError(f"encoding is {encoding!r}; choose from {', '.join(get_args(Encoding))}")
-        self.encoding = encoding
+        super().__init__(**options)
         limits = {"max_val_samples": max_val_samples, "max_test_samples": max_test_samples}
         for name, value in {"context_length": context_length, **limits}.items():
             if value is not None and value < 1:
@@ -196,46 +188,27 @@ class TextFiles(TextModule):
     Args:
         source: "stdlib", or a file, a folder (all files in it), a glob, or a list of these. Files are split by a hash
             of their names; fewer than three files are split by position: training text first, then val, then test.
-        context_length: tokens (bytes) in a sample.
-        batch_size: samples in a micro-step over all devices together.
         val_fraction: share of the files (or of the bytes, when split by position) for validation.
         test_fraction: the same for testing.
-        max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
-        max_test_samples: the same for testing.
-        num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order and window offsets; None: the run's (--seed_everything).
-        encoding: "bytes" takes files as they are, "utf-8" takes one that is not for a bad one.
-        on_bad_sample: "raise": such a file ends the run; "skip": it is left out and counted.
+        encoding: "bytes" takes files as they are, "utf-8" takes one that is not for a bad one, which
+            `on_bad_sample: skip` leaves out.
+        options: `TextModule`'s.
 
     Raises:
-        UserError: in `setup`, where the source is missing, empty or too short.
+        UserError: options that make no sense; in `setup`, where the source is missing, empty or too short.
     """
 
     def __init__(
         self,
         source: str | list[str] = "stdlib",
-        context_length: int = 256,
-        batch_size: int = 32,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
-        max_val_samples: int | None = None,
-        max_test_samples: int | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
         encoding: Encoding = "bytes",
-        on_bad_sample: OnBadSample = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__(
-            context_length,
-            batch_size,
-            max_val_samples,
-            max_test_samples,
-            num_workers,
-            seed,
-            on_bad_sample=on_bad_sample,
-            encoding=encoding,
-        )
+        super().__init__(shuffle_block=0, **options)
         self.source: str | Sequence[str] = source
+        self.encoding = check_encoding(encoding)
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self._described: dict[str, str | int] = {}
 

@@ -1,13 +1,14 @@
 """The data module for text in WebDataset shards: one document (`.txt`) a sample, read from disk window by window."""
 
 import re
+from typing import Any
 
 import numpy as np
 
 from data.base import Samples
-from data.documents import NO_UTF8, Encoding, invalid_utf8
-from data.faults import BadSample, OnBadSample
-from data.shards import ShardMembers, expand
+from data.documents import NO_UTF8, Encoding, check_encoding, invalid_utf8
+from data.faults import BadSample
+from data.shards import ShardMembers, ShardSplits
 from data.text import TextModule, TokenSource
 
 
@@ -56,19 +57,13 @@ class TextShards(TextModule):
         train: shards for training: a path, a glob, a range `path/train-{000000..000009}.tar`, or a list of these.
         val: the same for validation; None trains without.
         test: the same for testing.
-        context_length: tokens (bytes) in a sample.
-        batch_size: samples in a micro-step over all devices together.
-        max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
-        max_test_samples: the same for testing.
-        shuffle_block: neighbouring windows that stay together while 16 such blocks are mixed; 0 shuffles freely.
-        num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order and window offsets; None: the run's (--seed_everything).
         encoding: "bytes" takes text as it is, "utf-8" takes a window that is not for a bad sample.
-        on_bad_sample: "raise": a window that cannot be read ends the run; "skip": it is counted, and another one takes
-            its place.
+        shuffle_block: see `DataModule`.
+        options: `TextModule`'s.
 
     Raises:
-        UserError: in `setup`, shards that are missing, damaged, empty or without `.txt` members, or too little text.
+        UserError: options that make no sense; in `setup`, shards that are missing, damaged, empty or without `.txt`
+            members, or too little text.
     """
 
     def __init__(
@@ -76,47 +71,23 @@ class TextShards(TextModule):
         train: str | list[str],
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
-        context_length: int = 256,
-        batch_size: int = 32,
-        max_val_samples: int | None = None,
-        max_test_samples: int | None = None,
-        shuffle_block: int = 256,
-        num_workers: int = 0,
-        seed: int | None = None,
         encoding: Encoding = "bytes",
-        on_bad_sample: OnBadSample = "raise",
+        shuffle_block: int = 256,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            context_length,
-            batch_size,
-            max_val_samples,
-            max_test_samples,
-            num_workers,
-            seed,
-            shuffle_block,
-            on_bad_sample,
-            encoding,
-        )
-        self.patterns = {name: value for name, value in (("train", train), ("val", val), ("test", test)) if value}
-        self._described: dict[str, str | int] = {}
+        super().__init__(shuffle_block=shuffle_block, **options)
+        self.encoding = check_encoding(encoding)
+        self.shards = ShardSplits(("txt",), train=train, val=val, test=test)
 
     def prepare_data(self) -> None:
         """Build missing indices in one process of each machine before all of them read."""
-        self._members()
-
-    def _members(self) -> dict[str, ShardMembers]:
-        return {name: ShardMembers(expand(value), ("txt",)) for name, value in self.patterns.items()}
+        self.shards.read()
 
     def build(self) -> dict[str, Samples]:
-        members = self._members()
+        members = self.shards.read()
         sources: dict[str, TokenSource] = {name: ShardBytes(part, self.encoding) for name, part in members.items()}
-        self._described = {
-            "source": ", ".join(str(value) for value in self.patterns.values()),
-            "shards": sum(len(part.paths) for part in members.values()),
-            **{f"{name}_bytes": len(source) for name, source in sources.items()},
-            **{f"{name}_sha256": part.sha256() for name, part in members.items()},
-        }
+        self.shards.facts |= {f"{name}_bytes": len(source) for name, source in sources.items()}
         return self.windows(sources)
 
     def describe_source(self) -> dict[str, str | int]:
-        return self._described
+        return self.shards.facts

@@ -19,7 +19,7 @@ import numpy as np
 
 from data.base import Samples
 from data.documents import SPLITS
-from data.faults import BadSample, OnBadSample, reading
+from data.faults import BadSample, reading
 from data.shards import Stamp, open_unchanged, stamp_of
 from data.text import TextModule, TokenSource
 from data.token_writer import DESCRIPTION, TOKENIZER, token_dtype
@@ -123,43 +123,22 @@ class TokenFiles(TextModule):
     Args:
         source: folder with `.bin` files that have train, val or test in their names; or one such file to train on.
         tokenizer: "bytes" or a tokenizer.json; None: what the folder's tokens.json or tokenizer.json says.
-        context_length: tokens in a sample.
-        batch_size: samples in a micro-step over all devices together.
-        max_val_samples: validate on at most so many windows, evenly spaced; None takes all.
-        max_test_samples: the same for testing.
-        shuffle_block: neighbouring windows that stay together while 16 such blocks are mixed; 0 shuffles freely.
-        num_workers: loader processes for each device and loader; 0 reads in the training process.
-        seed: of order and window offsets; None: the run's (--seed_everything).
-        on_bad_sample: "raise": a window that cannot be read ends the run; "skip": it is counted, and another one takes
-            its place.
+        shuffle_block: see `DataModule`.
+        options: `TextModule`'s.
 
     Raises:
-        UserError: in `setup`, files that are missing, cut off or too short, or that another tokenizer wrote.
+        UserError: options that make no sense; in `setup`, files that are missing, cut off or too short, or that
+            another tokenizer wrote.
     """
 
     def __init__(
         self,
         source: str,
         tokenizer: str | None = None,
-        context_length: int = 256,
-        batch_size: int = 32,
-        max_val_samples: int | None = None,
-        max_test_samples: int | None = None,
         shuffle_block: int = 256,
-        num_workers: int = 0,
-        seed: int | None = None,
-        on_bad_sample: OnBadSample = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__(
-            context_length,
-            batch_size,
-            max_val_samples,
-            max_test_samples,
-            num_workers,
-            seed,
-            shuffle_block,
-            on_bad_sample,
-        )
+        super().__init__(shuffle_block=shuffle_block, **options)
         self.source, self.tokenizer_name = source, tokenizer
         self._described: dict[str, str | int] = {}
 

@@ -11,7 +11,8 @@ from typing import Any
 from .configs import Fragment
 from .errors import UserError
 
-PACKAGES = ("moa_lightning", "tasks", "data", "lightning", "torch", "torchvision", "timm", "torchmetrics")
+OWN = ("moa_lightning", "tasks", "data")
+PACKAGES = (*OWN, "lightning", "torch", "torchvision", "timm", "torchmetrics")
 # parts of these that load or start code of others
 REFUSED = (
     "torch.hub",

@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from .allowed import check_import
+from .allowed import OWN, check_import
 from .configs import CLASS_LEVELS, Fragment, lookup, origin
 from .errors import UserError
 
@@ -143,7 +143,7 @@ class Tree:
     def _class_at(self, base: type, path: str) -> type:
         name = _class_of(self.config, path) or self.default_classes.get(path)
         if name is None:
-            choices = ", ".join(class_names(base))
+            choices = ", ".join(class_names(base, self.modules))
             raise UserError(f"no {path} is named: give --{path} with one of {choices}, or a config file that names it")
         return find_class(base, name, self._where(f"{path}.class_path"), self.modules)
 
@@ -243,7 +243,7 @@ def find_class(base: type, name: Any, where: str, modules: list[str]) -> type:
             found = None
         if isinstance(found, type) and issubclass(found, base):
             return found
-    names = class_names(base)
+    names = class_names(base, modules)
     near = difflib.get_close_matches(name.rpartition(".")[2], names, 1, 0.6)
     raise UserError(
         f"{where} '{name}' is unknown; " + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}")
@@ -252,18 +252,27 @@ def find_class(base: type, name: Any, where: str, modules: list[str]) -> type:
 
 def import_path(cls: type) -> str:
     """The dotted name of a class: in its package, where that exports it, else in its module."""
-    package = cls.__module__.partition(".")[0]
+    package = _package(cls.__module__)
     exported = getattr(sys.modules[package], cls.__name__, None) is cls
     return f"{package if exported else cls.__module__}.{cls.__qualname__}"
 
 
-def class_names(base: type) -> list[str]:
-    """Short names of the classes that a user may choose: those that base's package exports, and the user's own."""
-    package = sys.modules[base.__module__.partition(".")[0]]
+def class_names(base: type, modules: list[str]) -> list[str]:
+    """Short names of the classes that a user may choose: those that base's package exports, and the user's own.
+
+    Args:
+        modules: the user's own.
+    """
+    package = sys.modules[_package(base.__module__)]
     exported = getattr(package, "__all__", ())
-    own = [cls for cls in _subclasses(base) if cls.__module__.partition(".")[0] != package.__name__]
+    users = {_package(module) for module in modules}
+    own = [cls for cls in _subclasses(base) if _package(cls.__module__) in users]
     listed = [name for name in exported if _is_proper_subclass(getattr(package, name), base)]
     return sorted({*listed, *(cls.__name__ for cls in own)})
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _is_proper_subclass(value: Any, base: type) -> bool:
@@ -283,17 +292,27 @@ def _is_base(kind: Any) -> bool:
 
 
 def _parameters(cls: Any) -> dict[str, Any] | None:
-    """Names and types that a constructor takes; None where it takes any."""
+    """Names and types that a constructor takes; None where it takes any.
+
+    What a class of ours takes as `**options` it hands on to its base.
+    """
     if is_dataclass(cls):
         hints = get_type_hints(cls)
         return {field.name: hints[field.name] for field in fields(cls)}
     if cls.__init__ is object.__init__:
         return {}
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    hints = get_type_hints(cls.__init__)
-    return {parameter.name: hints.get(parameter.name, Any) for parameter in parameters}
+    found: dict[str, Any] = {}
+    for owner in (base for base in cls.__mro__ if "__init__" in vars(base)):
+        parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
+        rest = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        hints = get_type_hints(owner.__init__)
+        names = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+        found = {name: hints.get(name, Any) for name in names} | found
+        if not rest:
+            return found
+        if _package(owner.__module__) not in OWN:
+            break
+    return None
 
 
 def _without_none(kind: Any) -> Any:

@@ -7,6 +7,7 @@ A process that a strategy launches learns the folder from the first one through 
 """
 
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -66,6 +67,20 @@ def last_checkpoint(run_dir: Path) -> Path | None:
         return folder / LAST
     complete = [path for path in folder.glob("*.ckpt") if path.exists()]
     return max(complete, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of a run's folder holds, None where it does not exist.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it and try again") from error
 
 
 def run_of_checkpoint(checkpoint: str) -> Path | None:

@@ -1,14 +1,12 @@
 """What the mixes of a run or of a grid's runs have learned: gates by layer and class of token, curves, examples."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..controls import MIXING
-from ..errors import UserError
-from ..run_folder import HELD
+from ..run_folder import HELD, read_json
 from .content import Block, Code, Picture, Table, Text
 
 NOTE = (
@@ -24,7 +22,7 @@ def run_mixes(folder: Path, pictures: Sequence[Picture], samples: Sequence[Code]
     Args:
         pictures, samples: those of the run that are about mixes.
     """
-    found = _json(folder / MIXING)
+    found = read_json(folder / MIXING)
     if found is None:
         return []
     layers: Mapping[str, Any] = found["layers"]
@@ -49,7 +47,9 @@ def grid_mixes(folders: Mapping[str, Sequence[Path]]) -> list[Block]:
     """
     entropy: dict[str, dict[str, list[float]]] = {}
     for variant, runs in folders.items():
-        for layer in (layer for run in runs for layer in ((_json(run / MIXING) or {}).get("layers") or {}).values()):
+        for layer in (
+            layer for run in runs for layer in ((read_json(run / MIXING) or {}).get("layers") or {}).values()
+        ):
             if layer["entropy"] is None:
                 continue
             for label, value in {"all tokens": layer["entropy"], **layer["entropy_by_class"]}.items():
@@ -69,7 +69,7 @@ def _held(folders: Mapping[str, Sequence[Path]]) -> list[Block]:
     """Trained against gates held at their mean, where `moa validate --freeze_gates` was asked."""
     rows = []
     for variant, runs in folders.items():
-        results = [result for run in runs if (result := _json(run / HELD)) is not None]
+        results = [result for run in runs if (result := read_json(run / HELD)) is not None]
         for metric in results[0]["trained"] if results else ():
             trained, held = (fmean(result[kind][metric] for result in results) for kind in ("trained", "held"))
             rows.append([variant, metric, f"{trained:.5g}", f"{held:.5g}", f"{held - trained:+.3g}", str(len(results))])
@@ -81,12 +81,3 @@ def _held(folders: Mapping[str, Sequence[Path]]) -> list[Block]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and report again") from error

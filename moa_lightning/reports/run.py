@@ -1,9 +1,7 @@
 """The report of one run, also while it goes on: metrics, curves, pictures, samples, config, where it ran."""
 
 import csv
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,7 +11,7 @@ from .. import environment
 from ..errors import UserError
 from ..experiments.plots import svg
 from ..experiments.progress import duration
-from ..run_folder import CONFIG, RESULT, TEST
+from ..run_folder import CONFIG, RESULT, TEST, read_json
 from .content import Block, Code, Picture, Report, Section, Table, Text
 from .mixes import run_mixes
 
@@ -32,7 +30,7 @@ def run_report(folder: Path) -> Report:
     if not (folder / CONFIG).is_file():
         raise UserError(f"'{folder}' holds neither a run ({CONFIG}) nor a grid")
     rows = _rows(folder / "metrics.csv")
-    result = _json(folder / RESULT)
+    result = read_json(folder / RESULT)
     state = f"finished after {duration(result['seconds'])} of training" if result else "not finished"
     last = f", at step {int(rows[-1]['step']):,}" if rows else ""
     sections = [
@@ -102,7 +100,7 @@ def provenance(folders: list[Path]) -> list[Block]:
 def _metrics(folder: Path, rows: list[dict[str, str]]) -> list[Block]:
     """The last value of every metric, and what the test said."""
     last = {name: row[name] for row in rows for name in row if row[name]}
-    tested = (_json(folder / TEST) or {}).get("metrics", {})
+    tested = (read_json(folder / TEST) or {}).get("metrics", {})
     cells = [(name, f"{float(value):.5g}") for name, value in last.items()]
     cells += [(name, "not finite" if value is None else f"{value:.5g}") for name, value in tested.items()]
     return [Table(("metric", "last value"), cells)] if cells else [Text("Nothing was measured yet.")]
@@ -144,15 +142,6 @@ def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [row for row in rows if row.get("step") and None not in row.values()]
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error})") from error
 
 
 def _step(path: Path) -> str:

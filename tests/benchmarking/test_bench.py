@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from moa_lightning.benchmarking.machine import QUICK, Machine, Setting
 from moa_lightning.benchmarking.timing import Effort, alternate, keep_freed_memory, rows
 from moa_lightning.benchmarking.traffic import bytes_per_token
 from moa_lightning.mixing import MixCoefficients
+from moa_lightning.models.gpt import LayerCache
 from tests.cli.conftest import Moa
 from tests.cli.conftest import _alone as _alone
 from tests.cli.conftest import moa as moa  # the command in an empty folder
@@ -149,7 +151,9 @@ def test_what_is_measured_is_a_mix_that_training_has_moved() -> None:
     assert (coefficients.std(0) > 0).all()
 
 
-def test_one_token_goes_through_every_layer_without_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stack", [decode.feedforward_stack, decode.gpt])
+def test_one_token_goes_through_every_layer_without_autograd(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = stack(SETTING, FFNConfig("moa"), torch.float32)
     seen = []
 
     def forward(self: FeedForward, x: Tensor) -> Tensor:
@@ -157,8 +161,25 @@ def test_one_token_goes_through_every_layer_without_autograd(monkeypatch: pytest
         return x
 
     monkeypatch.setattr(FeedForward, "forward", forward)
-    decode._tokens(decode.blocks(SETTING, FFNConfig("moa"), torch.float32))
+    tokens()
     assert seen == [((1, 1, QUICK.dim), True)] * QUICK.decode_layers * decode.REPEATS
+
+
+def test_decoding_reads_a_long_past_and_forgets_the_call_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    read = LayerCache.append
+
+    def append(self: LayerCache, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        found = read(self, keys, values)
+        lengths.append(found[0].shape[2])
+        return found
+
+    monkeypatch.setattr(LayerCache, "append", append)
+    tokens = decode.gpt(SETTING, FFNConfig("moa"), torch.float32)
+    for _ in range(2):
+        lengths.clear()
+        tokens()
+        assert lengths[:: QUICK.decode_layers] == list(range(QUICK.context - decode.REPEATS + 1, QUICK.context + 1))
 
 
 def test_the_limit_reads_every_member_and_the_loader_every_sample(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_the_start_follows_the_batches_done_not_the_devices(as_rank, book, tmp_p
     """Seven batches on one device, then two devices."""
     shares = []
     for rank in (0, 1):
-        module = as_rank(TextFiles(book, 10, 4, seed=3, test_fraction=0), rank, 2, done=7)
+        module = as_rank(TextFiles(book, context_length=10, batch_size=4, seed=3, test_fraction=0), rank, 2, done=7)
         module.setup()
         shares.append([batch["id"].tolist() for batch in module.train_dataloader()])
     joined = [first + second for first, second in zip(*shares, strict=True)]

@@ -97,7 +97,9 @@ def test_limited_validation_is_evenly_spaced():
 
 def test_validation_and_test_have_limits_of_their_own(tmp_path):
     (tmp_path / "book.txt").write_bytes(TEXT * 8)
-    module = TextFiles(str(tmp_path / "book.txt"), 10, 4, 0.2, 0.3, max_val_samples=5, max_test_samples=7)
+    module = TextFiles(
+        str(tmp_path / "book.txt"), 0.2, 0.3, context_length=10, batch_size=4, max_val_samples=5, max_test_samples=7
+    )
     module.setup()
     assert (len(module.splits["val"]), len(module.splits["test"])) == (5, 7)
     with pytest.raises(UserError, match="max_test_samples is 0"):

@@ -53,6 +53,16 @@ def deviation(found: list[float], expected: list[float]) -> float:
     return max(d if d == d else float("inf") for d in differences)
 
 
+def assert_continues(resumed: Record, whole: Record, step: int) -> None:
+    """A run resumed at a step is the rest of the whole run, to the bit."""
+    for curve in ("ids", "loss", "norm", "clipped", "rates"):
+        rest = getattr(whole, curve)[step:]
+        assert rest, curve
+        assert getattr(resumed, curve) == rest, curve
+    for key, weight in whole.weights.items():
+        assert torch.equal(resumed.weights[key], weight), key
+
+
 def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
