@@ -35,7 +35,7 @@ class ImageShards(ImageModule):
         image_size: side of a full view, pixels.
         channels: 1 or 3; images are converted.
         mean, std: of each channel in [0, 1]; None: ImageNet's.
-        shuffle_block: see `DataModule`.
+        shuffle_block: neighbouring images that stay together while 16 such blocks are mixed; 0 shuffles freely.
         options: `ImageModule`'s.
 
     Raises:

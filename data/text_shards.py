@@ -58,7 +58,7 @@ class TextShards(TextModule):
         val: the same for validation; None trains without.
         test: the same for testing.
         encoding: "bytes" takes text as it is, "utf-8" takes a window that is not for a bad sample.
-        shuffle_block: see `DataModule`.
+        shuffle_block: neighbouring windows that stay together while 16 such blocks are mixed; 0 shuffles freely.
         options: `TextModule`'s.
 
     Raises:

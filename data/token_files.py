@@ -123,7 +123,7 @@ class TokenFiles(TextModule):
     Args:
         source: folder with `.bin` files that have train, val or test in their names; or one such file to train on.
         tokenizer: "bytes" or a tokenizer.json; None: what the folder's tokens.json or tokenizer.json says.
-        shuffle_block: see `DataModule`.
+        shuffle_block: neighbouring windows that stay together while 16 such blocks are mixed; 0 shuffles freely.
         options: `TextModule`'s.
 
     Raises:
