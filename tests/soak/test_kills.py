@@ -10,10 +10,10 @@ import torch
 from .kills import Case, differences, finish, trial
 
 
-@pytest.mark.parametrize("case", [Case("language", "one", workers=1), Case("mae", "fsdp")], ids=str)
-def test_a_killed_run_ends_as_one_that_nobody_touched(case: Case, tmp_path: Path) -> None:
-    how = trial(case, 3, tmp_path / "trial", tmp_path, random.Random(str(case)))
-    assert len(how) == 3
+@pytest.mark.parametrize(("case", "kills"), [(Case("language", "one", workers=1), 2), (Case("mae", "fsdp"), 1)])
+def test_a_killed_run_ends_as_one_that_nobody_touched(case: Case, kills: int, tmp_path: Path) -> None:
+    how = trial(case, kills, tmp_path / "trial", tmp_path, random.Random(str(case)))
+    assert len(how) == kills
 
 
 def test_another_run_is_noticed(tmp_path: Path) -> None:
