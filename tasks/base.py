@@ -173,6 +173,10 @@ class Task(L.LightningModule):
         """Matrix-product FLOPs of forward and backward for one sample (backward counted as twice the forward)."""
         raise TypeError(f"{type(self).__name__} does not know its FLOPs")
 
+    def active_parameters(self) -> int:
+        """Trained parameters that a token meets: all of them, but of experts the chosen ones."""
+        return sum(p.numel() for p in self.net.parameters() if p.requires_grad)
+
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Pictures (3, H, W) in [0, 1] of what the net does with one validation batch."""
         return {}

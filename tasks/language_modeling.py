@@ -185,6 +185,9 @@ class LanguageModeling(Task):
     def flops_per_sample(self) -> float:
         return 3.0 * self.net.flops_per_token() * self.net.context_length
 
+    def active_parameters(self) -> int:
+        return self.net.parameter_count(active=True)
+
     def token_classes(self, batch: dict[str, Any]) -> TokenClasses:
         decode = self.trainer.datamodule.decode  # type: ignore[attr-defined]
         return text_classes([[decode([token]) for token in row] for row in batch["tokens"].tolist()])

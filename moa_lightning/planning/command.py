@@ -147,13 +147,14 @@ def _title(plan: Plan) -> str:
     settings, device, measured = plan.settings, plan.device, plan.measurement
     peak = device.peak(settings.precision) / 1e12
     amount = f"{plan.samples:,} samples" if plan.tokens is None else f"{plan.tokens:,} tokens"
+    active = f" ({measured.active:,} active)" if measured.active != measured.trained else ""
     copies = f" in {settings.replicas} copies" if settings.replicas > 1 else ""
     held = f", {measured.held:,} not trained" if measured.held else ""
     return (
         f"{device.name} ({gigabytes(device.memory)}, {peak:,.4g} TFLOP/s), strategy {settings.strategy}{copies}, "
         f"{settings.precision}\n"
-        f"{measured.trained:,} trained parameters, {measured.mixes:,} in mixes, {measured.embeddings:,} in embeddings"
-        f"{held}\n"
+        f"{measured.trained:,} trained parameters{active}, {measured.mixes:,} in mixes, "
+        f"{measured.embeddings:,} in embeddings{held}\n"
         f"{plan.steps:,} steps of {plan.samples_per_step:,} samples and {plan.flops_per_step:.4g} FLOPs: {amount}\n"
         f"Memory and bytes sent in a step are one device's; times assume an MFU of {plan.efficiency:g}"
     )
@@ -169,7 +170,8 @@ def as_json(plans: list[Plan], sentence: str) -> dict[str, Any]:
     """Everything that the table shows, in bytes, seconds and FLOPs."""
     first = plans[0]
     settings: Settings = first.settings
-    names = ("trained", "held", "mixes", "embeddings")
+    length = settings.tokens_per_sample
+    names = ("trained", "active", "held", "mixes", "embeddings")
     return {
         "device": asdict(first.device),
         "strategy": settings.strategy,
@@ -178,6 +180,7 @@ def as_json(plans: list[Plan], sentence: str) -> dict[str, Any]:
         "mfu": first.efficiency,
         "parameters": {name: getattr(first.measurement, name) for name in names},
         "flops_per_sample": first.measurement.flops_per_sample,
+        "flops_per_token": length and first.measurement.flops_per_sample / length,
         "flops_per_step": first.flops_per_step,
         "steps": first.steps,
         "samples": first.samples,

@@ -42,6 +42,8 @@ class Measurement:
     """trained parameters of learned mixes"""
     embeddings: int
     """trained parameters of token, patch and position embeddings"""
+    active: int
+    """trained parameters that a token meets: of experts the chosen ones"""
     flops_per_sample: float
     """matrix products of forward and backward, as perf/mfu counts them"""
     weights: int
@@ -234,6 +236,7 @@ def _measurement(task: Any, trainer: L.Trainer, observer: _Observer) -> Measurem
         held=_numel(p for p in net.parameters() if not p.requires_grad),
         mixes=_numel(p for p in mixes if p.requires_grad),
         embeddings=_numel(_embeddings(net)),
+        active=task.active_parameters(),
         flops_per_sample=task.flops_per_sample(),
         weights=local_bytes([*task.parameters(), *task.buffers()]),
         gradients=local_bytes(trained),

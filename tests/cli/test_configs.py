@@ -23,35 +23,44 @@ def names(folder: str) -> list[str]:
 
 
 FFN, TRAINER = names("ffn"), names("trainer")
-PAIRS = [
-    (task, data)
-    for kind, modules in (
-        ("vision", ("Images", "ImageShards")),
-        ("language", ("TextFiles", "TextShards", "TokenFiles", "Mixture")),
-    )
-    for task in names(kind)
-    for data in names("data")
-    if yaml.safe_load((ROOT / data).read_text())["data"]["class_path"].removeprefix("data.") in modules
-]
+MODULES = {"vision": ("Images", "ImageShards"), "language": ("TextFiles", "TextShards", "TokenFiles", "Mixture")}
 
 
-LEFT_OPEN = ("image_folder", "text_files", "token_files")
+def data_of(kind: str) -> list[str]:
+    """Data fragments for the tasks of a kind."""
+    classes = {path: yaml.safe_load((ROOT / path).read_text())["data"]["class_path"] for path in names("data")}
+    return [path for path, found in classes.items() if found.removeprefix("data.") in MODULES[kind]]
+
+
+def each_once(*groups: list[str]) -> list[tuple[str, ...]]:
+    """As few combinations as meet every member of every group."""
+    return list(itertools.islice(zip(*map(itertools.cycle, groups), strict=True), max(map(len, groups))))
+
+
+PAIRS = [pair for kind in MODULES for pair in each_once(names(kind), data_of(kind))]
+LEFT_OPEN = ("image_folder", "text_files", "token_files", "text_90_10")
 
 
 def test_every_combination_of_fragments_names_existing_options_only() -> None:
-    assert len(PAIRS) >= 10
-    trainers = itertools.cycle(TRAINER)  # no trainer fragment speaks of a task, so it is enough that each is met
-    for ((task, data), ffn), trainer in zip(itertools.product(PAIRS, FFN), trainers, strict=False):
-        fragments = [load_config(path) for path in (ffn, data, trainer, task)]
+    every_pair = [pair for kind in MODULES for pair in itertools.product(names(kind), data_of(kind))]
+    assert len(every_pair) >= 10
+    rest = each_once(FFN, TRAINER, names("optimizer"))  # none speaks of data, so each is met with every task
+    with_each = [(task, data) for kind in MODULES for task, data in itertools.product(names(kind), data_of(kind)[:1])]
+    combinations = [(*pair, *rest[0]) for pair in every_pair] + [
+        (*pair, *layer) for pair, layer in itertools.product(with_each, rest)
+    ]
+    for task, data, ffn, trainer, optimizer in combinations:
+        fragments = [load_config(path) for path in (ffn, data, optimizer, trainer, task)]
         tree = Tree(option_roots("fit"), compose(fragments), fragments, DEFAULT_CLASSES)
         options = tree.enter_classes([Option("data.source", "x")] if Path(data).stem in LEFT_OPEN else [])
         tree.check(options)
-        assert tree.notes == [], (task, data, ffn, trainer)
+        assert tree.notes == [], (task, data, ffn, trainer, optimizer)
 
 
 REQUIRED = {
     "image_folder": "--data.source x",
     "text_files": "--data.source x",
+    "text_90_10": "--data.source x",
     "token_files": "--data.source x",
     "image_shards": "--data.train a.tar --data.val b.tar",
     "text_shards": "--data.train a.tar --data.val b.tar",

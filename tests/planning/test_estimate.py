@@ -38,6 +38,7 @@ def executed(monkeypatch):
             held=0,
             mixes=0,
             embeddings=0,
+            active=10,
             flops_per_sample=1e12,
             activations=SAMPLE * samples,
             peak=state + SAMPLE * samples,

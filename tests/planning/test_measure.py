@@ -55,6 +55,7 @@ def test_tied_embeddings_are_counted_once():
     plan = measure(task, sizes.batch, sizes, "auto", 1)
     # embedding; norms of block and net; attention with its norms; feed-forward with its biases
     assert plan.trained == 256 * 32 + 3 * 32 + (4 * 32 * 32 + 2 * 16) + (2 * 32 * 128 + 128 + 32)
+    assert plan.active == plan.trained  # no experts
     assert plan.gradients == 4 * plan.trained
 
 
