@@ -158,7 +158,7 @@ class Mixture(TextModule):
             )
         self.sources, self.epoch_samples = dict(sources), epoch_samples
         for name, source in self.sources.items():
-            for option in ("context_length", "on_bad_sample", "max_val_samples", "max_test_samples"):
+            for option in ("context_length", "on_bad_sample", "max_val_samples", "max_test_samples", "mask_documents"):
                 setattr(source, option, getattr(self, option))
             source.seed = named_seed(self.seed, f"source {name}")
 

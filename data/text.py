@@ -36,14 +36,18 @@ class TokenSource(Protocol):
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1, integers (stop - start,)."""
 
+    def document_starts(self) -> np.ndarray:
+        """First token of each document, ascending int64; UserError where that is not known."""
 
-class MemoryBytes:
-    """A byte string in memory."""
+
+class JoinedBytes:
+    """Documents in memory as one byte string, joined by NUL."""
 
     unit = "bytes"
 
-    def __init__(self, content: bytes) -> None:
-        self.content = np.frombuffer(content, dtype=np.uint8)
+    def __init__(self, documents: Sequence[bytes]) -> None:
+        self.content = np.frombuffer(SEPARATOR.join(documents), dtype=np.uint8)
+        self.starts = np.cumsum([0, *(len(document) + len(SEPARATOR) for document in documents[:-1])])
 
     def __len__(self) -> int:
         return len(self.content)
@@ -51,21 +55,48 @@ class MemoryBytes:
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.content[start:stop]
 
+    def document_starts(self) -> np.ndarray:
+        return self.starts
+
+
+def document_numbers(starts: np.ndarray, start: int, length: int) -> np.ndarray:
+    """The number of each token's document in a window, from 0 on: int32 (length,).
+
+    Args:
+        starts: first token of each document, ascending.
+        start: first token of the window.
+    """
+    first, end = np.searchsorted(starts, [start + 1, start + length])
+    begins = np.zeros(length, np.int32)
+    begins[starts[first:end] - start] = 1
+    return np.cumsum(begins, dtype=np.int32)
+
 
 class Windows(Samples):
     """Windows of `context_length` tokens and their next tokens over a token source.
 
     Subclasses set `count`, the number of windows, and say where each one lies.
+
+    Args:
+        mask_documents: samples have "documents", the number of each token's document in the window, int32 (T,).
     """
 
     count: int
 
-    def __init__(self, source: TokenSource, context_length: int, seed: int) -> None:
+    def __init__(self, source: TokenSource, context_length: int, seed: int, mask_documents: bool = False) -> None:
         super().__init__(seed)
         self.source, self.context_length = source, context_length
+        self.starts = source.document_starts() if mask_documents else None
 
     def __len__(self) -> int:
         return self.count
+
+    def window(self, start: int, tokens: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+        """The sample of a window that begins at `start`."""
+        sample = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
+        if self.starts is not None:
+            sample["documents"] = torch.from_numpy(document_numbers(self.starts, start, self.context_length))
+        return sample
 
     def uncounted(self, sample: dict[str, Any]) -> dict[str, Any]:
         return {**sample, "targets": torch.full_like(sample["targets"], IGNORED)}
@@ -82,8 +113,8 @@ class TrainWindows(Windows):
 
     training = True
 
-    def __init__(self, source: TokenSource, context_length: int, seed: int) -> None:
-        super().__init__(source, context_length, seed)
+    def __init__(self, source: TokenSource, context_length: int, seed: int, mask_documents: bool = False) -> None:
+        super().__init__(source, context_length, seed, mask_documents)
         if len(source) <= context_length:
             raise UserError(
                 f"the training text has {len(source)} {source.unit}, but context_length {context_length} needs at "
@@ -99,7 +130,7 @@ class TrainWindows(Windows):
     def sample(self, index: int, epoch: int, seed: int) -> dict[str, Any]:
         start = self.offset(epoch) + index * self.context_length
         window = self.source.read(start, start + self.context_length + 1).astype(np.int64)
-        return {"tokens": torch.from_numpy(window[:-1]), "targets": torch.from_numpy(window[1:])}
+        return self.window(start, window[:-1], window[1:])
 
 
 class EvalWindows(Windows):
@@ -111,8 +142,15 @@ class EvalWindows(Windows):
 
     training = False
 
-    def __init__(self, source: TokenSource, context_length: int, seed: int, limit: int | None = None) -> None:
-        super().__init__(source, context_length, seed)
+    def __init__(
+        self,
+        source: TokenSource,
+        context_length: int,
+        seed: int,
+        limit: int | None = None,
+        mask_documents: bool = False,
+    ) -> None:
+        super().__init__(source, context_length, seed, mask_documents)
         self.windows = -(-(len(source) - 1) // context_length)
         self.count = self.windows if limit is None else min(limit, self.windows)
 
@@ -121,7 +159,7 @@ class EvalWindows(Windows):
         window = self.source.read(start, min(start + self.context_length + 1, len(self.source)))
         tokens, targets = np.zeros(self.context_length, np.int64), np.full(self.context_length, IGNORED, np.int64)
         tokens[: len(window) - 1], targets[: len(window) - 1] = window[:-1], window[1:]
-        return {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
+        return self.window(start, tokens, targets)
 
 
 class TextModule(DataModule):
@@ -131,6 +169,8 @@ class TextModule(DataModule):
         context_length: tokens in a sample.
         max_val_samples: validate on at most so many windows (of each source), evenly spaced; None takes all.
         max_test_samples: the same for testing.
+        mask_documents: attention does not cross from one document to the next; the batch then has the
+            key "documents", int32 (B, T), the number of each token's document in its window.
         options: `DataModule`'s.
     """
 
@@ -139,9 +179,11 @@ class TextModule(DataModule):
         context_length: int = 256,
         max_val_samples: int | None = None,
         max_test_samples: int | None = None,
+        mask_documents: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.mask_documents = mask_documents
         limits = {"max_val_samples": max_val_samples, "max_test_samples": max_test_samples}
         for name, value in {"context_length": context_length, **limits}.items():
             if value is not None and value < 1:
@@ -175,10 +217,11 @@ class TextModule(DataModule):
 
     def windows(self, sources: dict[str, TokenSource]) -> dict[str, Samples]:
         """The splits over their tokens; val and test are left out where they have no token to predict."""
-        splits: dict[str, Samples] = {"train": TrainWindows(sources["train"], self.context_length, self.seed)}
+        mask = self.mask_documents
+        splits: dict[str, Samples] = {"train": TrainWindows(sources["train"], self.context_length, self.seed, mask)}
         for split, limit in (("val", self.max_val_samples), ("test", self.max_test_samples)):
             if split in sources and len(sources[split]) > 1:
-                splits[split] = EvalWindows(sources[split], self.context_length, EVAL_SEED, limit)
+                splits[split] = EvalWindows(sources[split], self.context_length, EVAL_SEED, limit, mask)
         return splits
 
 
@@ -216,14 +259,16 @@ class TextFiles(TextModule):
         documents, bad = read_corpus(self.source, self.encoding, self.on_bad_sample)
         self.faults = [(BAD, name) for name in bad]
         parts = split_documents(documents, self.val_fraction, self.test_fraction)
-        joined = {split: SEPARATOR.join(d.content for d in part) for split, part in parts.items()}
+        sources: dict[str, TokenSource] = {
+            split: JoinedBytes([d.content for d in part]) for split, part in parts.items()
+        }
         self._described = {
             "source": self.source if isinstance(self.source, str) else ", ".join(self.source),
             "files": len(documents),
-            **{f"{split}_bytes": len(content) for split, content in joined.items()},
+            **{f"{split}_bytes": len(source) for split, source in sources.items()},
             "sha256": corpus_sha256(documents),
         }
-        return self.windows({split: MemoryBytes(content) for split, content in joined.items()})
+        return self.windows(sources)
 
     def describe_source(self) -> dict[str, str | int]:
         return self._described

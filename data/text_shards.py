@@ -38,6 +38,9 @@ class ShardBytes:
                 break
         return piece
 
+    def document_starts(self) -> np.ndarray:
+        return self.starts[:-1]
+
     def _piece(self, document: int, start: int, stop: int) -> bytes:
         """Bytes start..stop-1 of a document; BadSample where they are not of the encoding."""
         content = self.members.read(document, start, stop)

@@ -22,7 +22,7 @@ from data.documents import SPLITS
 from data.faults import BadSample, reading
 from data.shards import Stamp, open_unchanged, stamp_of
 from data.text import TextModule, TokenSource
-from data.token_writer import DESCRIPTION, TOKENIZER, token_dtype
+from data.token_writer import DESCRIPTION, STARTS, TOKENIZER, token_dtype
 from data.tokenizer import BYTES, Tokenizer, open_tokenizer
 from moa_lightning.errors import UserError
 
@@ -71,6 +71,22 @@ def find_tokens(path: str, plain: np.dtype, expected: int | None = None) -> Toke
     return TokenFile(path, stamp, kind.str, offset, count)
 
 
+def find_starts(file: TokenFile) -> np.ndarray:
+    """First token of each document of a token file, ascending int64; UserError where nothing beside it says so."""
+    path = Path(file.path).with_suffix(STARTS)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"data.mask_documents needs to know where documents begin, and '{path}' beside the token file cannot be "
+            f"read ({error.strerror}): write the files with moa data tokens, or leave mask_documents out"
+        ) from error
+    starts = np.frombuffer(content[: len(content) // 8 * 8], "<i8").astype(np.int64)
+    if len(content) % 8 or (np.diff(starts, prepend=-1, append=file.tokens) <= 0).any():
+        raise UserError(f"'{path}' does not fit the {file.tokens:,} tokens beside it: write the token files again")
+    return starts
+
+
 class TokenStream:
     """The tokens of several files, one after another, of which only asked pieces are read.
 
@@ -96,6 +112,9 @@ class TokenStream:
             pieces.append(self._piece(self.files[number], start - first, end - first))
             start, number = end, number + 1
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+
+    def document_starts(self) -> np.ndarray:
+        return np.concatenate([first + find_starts(file) for first, file in zip(self.starts, self.files, strict=False)])
 
     def _piece(self, file: TokenFile, start: int, stop: int) -> np.ndarray:
         dtype = np.dtype(file.dtype)
@@ -124,7 +143,7 @@ class TokenFiles(TextModule):
         source: folder with `.bin` files that have train, val or test in their names; or one such file to train on.
         tokenizer: "bytes" or a tokenizer.json; None: what the folder's tokens.json or tokenizer.json says.
         shuffle_block: neighbouring windows that stay together while 16 such blocks are mixed; 0 shuffles freely.
-        options: `TextModule`'s.
+        options: `TextModule`'s. Only files of `moa data tokens` say where documents begin.
 
     Raises:
         UserError: options that make no sense; in `setup`, files that are missing, cut off or too short, or that

@@ -24,7 +24,7 @@ from data.tokenizer import BYTES, Tokenizer, open_tokenizer, train_bpe
 from data.writers import new_folder
 from moa_lightning.errors import UserError
 
-DESCRIPTION, TOKENIZER = "tokens.json", "tokenizer.json"
+DESCRIPTION, TOKENIZER, STARTS = "tokens.json", "tokenizer.json", ".starts"
 VERSION = 1
 BATCH_BYTES = 1024 * 1024  # of text that is encoded at a time
 BATCH_PIECES = 2048
@@ -42,7 +42,7 @@ class SplitFile:
     """One split's token file, its document starts and what is counted of it."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, lengths: np.ndarray) -> None:
-        self.path, self.starts_path = folder / f"{split}.bin", folder / f"{split}.starts"
+        self.path, self.starts_path = folder / f"{split}.bin", folder / f"{split}{STARTS}"
         self.file, self.starts = self.path.open("wb"), self.starts_path.open("wb")
         self.dtype, self.lengths = dtype, lengths
         self.tokens = self.documents = self.bytes = 0

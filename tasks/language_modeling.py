@@ -123,17 +123,17 @@ class LanguageModeling(Task):
     def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood and log normaliser per target in nats, float32 (B, T); 0 where it does not count (the
         normaliser also where nothing asks for it)."""
-        tokens, targets = batch["tokens"], batch["targets"]
+        tokens, targets, documents = batch["tokens"], batch["targets"], batch.get("documents")
         if self.loss_chunk is not None:
-            return self.net.losses(tokens, targets, self.loss_chunk)
-        logits = self.net(tokens).float()
+            return self.net.losses(tokens, targets, self.loss_chunk, documents)
+        logits = self.net(tokens, documents=documents).float()
         nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
         if not self.z_loss_weight:
             return nll, torch.zeros_like(nll)
         return nll, logits.logsumexp(-1).masked_fill(targets == IGNORED, 0.0)
 
     def mix_forward(self, batch: dict[str, Any]) -> None:
-        self.net(batch["tokens"])
+        self.net(batch["tokens"], documents=batch.get("documents"))
 
     def _nll(self, batch: dict[str, Any]) -> Tensor:
         return self._losses(batch)[0]

@@ -6,6 +6,10 @@ Pre-norm decoder without biases, after what recent open trainers agree on: rotar
 2104.09864), RMSNorm (Zhang and Sennrich, arXiv 1910.07467), RMS-normalised queries and keys (Henry et al., arXiv
 2010.04245), grouped-query attention (Ainslie et al., arXiv 2305.13245). The projections into the residual stream start
 at zero, so each block starts as the identity. The feed-forward layer may be a mixture of experts (moe.py).
+
+Documents that share a sequence can be kept apart: a token then attends to its own document only. Positions go on across
+documents, because rotary scores depend on distances alone. The mask is made once for all blocks and given to torch's
+scaled_dot_product_attention, which has kernels with a mask for every device and dtype.
 """
 
 from dataclasses import dataclass
@@ -73,6 +77,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
+def document_mask(documents: Tensor) -> Tensor:
+    """Which token may attend to which, bool (B, 1, T, T): to those of its document that are not later.
+
+    Args:
+        documents: the number of each token's document, integers (B, T).
+    """
+    length = documents.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    return (documents[:, None, :, None] == documents[:, None, None, :]) & earlier
+
+
 class LayerCache:
     """Keys and values of the tokens that one block has seen, with room for `room` tokens."""
 
@@ -104,7 +119,8 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention, x (B, T, d) -> (B, T, d); with a cache, also to the tokens before these."""
+    """Causal self-attention, x (B, T, d) -> (B, T, d); with a cache, also to the tokens before these; with a mask, bool
+    (B, 1, T, T), to what it allows instead."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -114,7 +130,9 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         batch, length, dim = x.shape
         q, k, v = (
             self.qkv(x)
@@ -127,11 +145,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         before = k.shape[2] - length
-        mask = None  # a single token sees all before it
-        if before and length > 1:
+        causal = mask is None and before == 0
+        if before and length > 1:  # a single token sees all before it
             mask = torch.ones(length, before + length, dtype=torch.bool, device=x.device).tril(before)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=before == 0, enable_gqa=self.kv_heads != self.heads
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
         )
         return self.proj(y.transpose(1, 2).reshape(batch, length, dim))
 
@@ -146,8 +164,10 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.dim)
         self.mlp = FeedForward(config.dim, ffn)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, cache)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, cache, mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -161,8 +181,10 @@ class MoEBlock(nn.Module):
         self.norm2 = nn.RMSNorm(config.dim)
         self.mlp = MoE(config.dim, ffn, moe)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, Routing]:
-        x = x + self.attn(self.norm1(x), cos, sin, cache)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        x = x + self.attn(self.norm1(x), cos, sin, cache, mask)
         y, routing = self.mlp(self.norm2(x))
         return x + y, routing
 
@@ -219,25 +241,35 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         initialize(self, seed, gpt_rule)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Tokens int64 (B, T) -> logits (B, T, vocab_size); with a cache, T further tokens of a text already read."""
-        return self.head(self._features(tokens, cache))
+    def forward(self, tokens: Tensor, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
+        """Tokens int64 (B, T) -> logits (B, T, vocab_size).
 
-    def losses(self, tokens: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        """Of tokens int64 (B, T): see losses.language.chunked_losses."""
-        return chunked_losses(self._features(tokens), self.head, targets, chunk)
+        Args:
+            cache: of a text already read, which the tokens continue.
+            documents: the number of each token's document, integers (B, T), to keep documents apart; not with a cache.
+        """
+        return self.head(self._features(tokens, cache, documents))
 
-    def _features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def losses(
+        self, tokens: Tensor, targets: Tensor, chunk: int, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of tokens int64 (B, T), and documents as in forward: see losses.language.chunked_losses."""
+        return chunked_losses(self._features(tokens, None, documents), self.head, targets, chunk)
+
+    def _features(self, tokens: Tensor, cache: Cache | None, documents: Tensor | None) -> Tensor:
         """What the output matrix reads, (B, T, d)."""
+        if cache is not None and documents is not None:
+            raise ValueError("a cache continues one document, so none can be kept apart")
         before = 0 if cache is None else cache.length
         length = before + tokens.shape[1]
         if length > self.context_length:
             raise UserError(f"input of {length} tokens is longer than the context length {self.context_length}")
         x = self.embed(tokens)  # (B, T, d)
         cos, sin = self.cos[before:length], self.sin[before:length]
+        mask = None if documents is None else document_mask(documents)
         routings = []
         for index, block in enumerate(self.blocks):
-            out = block(x, cos, sin) if cache is None else block(x, cos, sin, cache.layers[index])
+            out = block(x, cos, sin, None if cache is None else cache.layers[index], mask)
             if self.moe.experts:
                 x, routing = out
                 routings.append(routing)

@@ -102,7 +102,10 @@ class Settings:
         numbers = {"id": torch.empty(samples, dtype=torch.int64), "seed": torch.empty(samples, dtype=torch.int64)}
         if isinstance(self.data, TextModule):
             shape = (samples, self.data.context_length)
-            return {**numbers, **{name: torch.empty(shape, dtype=torch.int64) for name in ("tokens", "targets")}}
+            texts = {name: torch.empty(shape, dtype=torch.int64) for name in ("tokens", "targets")}
+            if self.data.mask_documents:
+                texts["documents"] = torch.empty(shape, dtype=torch.int32)
+            return {**numbers, **texts}
         assert isinstance(self.data, ImageModule)
         views = [torch.empty(samples, self.data.channels, size, size) for size in self.view_sizes]
         return {**numbers, "views": views, "label": torch.empty(samples, dtype=torch.int64)}

@@ -10,7 +10,7 @@ import torch
 
 from data import TextFiles
 from data.documents import Document, file_documents, split_documents, split_names, stdlib_documents
-from data.text import EvalWindows, MemoryBytes, TrainWindows
+from data.text import EvalWindows, JoinedBytes, TrainWindows
 from moa_lightning.errors import UserError
 
 TEXT = bytes(range(1, 251)) * 5  # 1250 bytes; a byte tells its place modulo 250
@@ -63,7 +63,7 @@ def test_bytes_round_trip(library):
 
 
 def test_training_windows_tile_the_text_without_overlap():
-    windows = TrainWindows(MemoryBytes(TEXT), 100, seed=0)
+    windows = TrainWindows(JoinedBytes([TEXT]), 100, seed=0)
     offsets = [windows.offset(epoch) for epoch in range(20)]
     assert all(0 <= offset < 100 for offset in offsets)
     assert len(set(offsets)) > 10
@@ -76,7 +76,7 @@ def test_training_windows_tile_the_text_without_overlap():
 
 @pytest.mark.parametrize("length", [101, 150, 200, 201, 1250])
 def test_the_shortest_texts_still_train(length):
-    windows = TrainWindows(MemoryBytes(TEXT[:length]), 100, seed=0)
+    windows = TrainWindows(JoinedBytes([TEXT[:length]]), 100, seed=0)
     for epoch in range(10):
         for index in range(len(windows)):
             assert len(windows[(epoch, index)]["targets"]) == 100
@@ -84,13 +84,13 @@ def test_the_shortest_texts_still_train(length):
 
 @pytest.mark.parametrize("length", [2, 100, 101, 102, 1250])
 def test_evaluation_predicts_every_byte_after_the_first_once(length):
-    windows = EvalWindows(MemoryBytes(TEXT[:length]), 100, seed=0)
+    windows = EvalWindows(JoinedBytes([TEXT[:length]]), 100, seed=0)
     targets = torch.cat([windows[(0, index)]["targets"] for index in range(len(windows))])
     assert bytes(targets[targets >= 0].tolist()) == TEXT[1:length]
 
 
 def test_limited_validation_is_evenly_spaced():
-    windows = EvalWindows(MemoryBytes(TEXT), 100, seed=0, limit=4)
+    windows = EvalWindows(JoinedBytes([TEXT]), 100, seed=0, limit=4)
     first = [int(windows[(0, index)]["tokens"][0]) for index in range(len(windows))]
     assert first == [TEXT[i] for i in (0, 300, 600, 900)]  # 13 windows: numbers 0, 3, 6, 9
 
@@ -107,7 +107,7 @@ def test_validation_and_test_have_limits_of_their_own(tmp_path):
 
 
 def test_padding_is_marked_and_not_counted():
-    sample = EvalWindows(MemoryBytes(TEXT), 100, seed=0)[(0, ~2)]
+    sample = EvalWindows(JoinedBytes([TEXT]), 100, seed=0)[(0, ~2)]
     assert sample["id"] == -1
     assert (sample["targets"] == -100).all()
     assert sample["tokens"].tolist() == list(TEXT[200:300])
