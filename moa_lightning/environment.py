@@ -5,6 +5,7 @@ One entry for each time the run was started: a run may go on elsewhere.
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 
-from .benchmarking.machine import device_name
 from .callbacks.files import write_atomically
 
 FILE = "environment.json"
@@ -32,6 +32,17 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def describe(device: torch.device) -> dict[str, Any]:

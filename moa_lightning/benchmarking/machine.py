@@ -4,15 +4,13 @@ Everything else is reported as a share of these. The copy is of the size of a hi
 caches that the activation sits in. The data sheet's peak, where it is known, gives MFU besides.
 """
 
-import platform
-import re
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..configs import cpu_has_bf16
+from ..environment import device_name
 from ..errors import UserError
 from .timing import Effort, alternate
 
@@ -96,17 +94,6 @@ def fast_dtypes(device: torch.device) -> tuple[str, ...]:
     else:
         fast = cpu_has_bf16()
     return ("float32", "bfloat16") if fast else ("float32",)
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
