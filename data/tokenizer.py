@@ -19,6 +19,7 @@ from moa_lightning.errors import UserError
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
+NUL = "\0"  # what the tokenizer of bytes has between two texts
 # what tokenizers call the token between two texts, by falling rank
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 _SPACE = "\u2581"  # SentencePiece's space
@@ -37,11 +38,16 @@ class Tokenizer(Protocol):
     """the bytes of each token id; none for special tokens"""
     separator: int
     """token between two documents"""
+    separator_name: str
+    """its name in the vocabulary"""
     needs_text: bool
     """whether documents must be UTF-8"""
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Token ids of each text, int64 (n,); the texts are UTF-8 where the tokenizer needs that."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A tokenizer.json that turns the same text into the same tokens and adds none, as a whole."""
 
 
 class ByteTokenizer:
@@ -50,6 +56,7 @@ class ByteTokenizer:
     name = BYTES
     sha256 = BYTES
     separator = 0
+    separator_name = NUL
     needs_text = False
 
     def __init__(self) -> None:
@@ -57,6 +64,18 @@ class ByteTokenizer:
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         return [np.frombuffer(text, np.uint8).astype(np.int64) for text in texts]
+
+    def as_json(self) -> dict[str, Any]:
+        """A BPE without merges; NUL is a token of its own there, as it separates documents."""
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Library
+
+        vocabulary = {character: value for character, value in _alphabet().items() if value != self.separator}
+        library = Library(models.BPE(vocab={**vocabulary, NUL: self.separator}, merges=[]))
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        library.decoder = decoders.ByteLevel()
+        library.add_special_tokens([AddedToken(NUL, normalized=False, special=True)])
+        return json.loads(library.to_str())
 
 
 class JsonTokenizer:
@@ -90,11 +109,16 @@ class JsonTokenizer:
         if separator is None:
             raise UserError(f"tokenizer '{path}' has no end-of-text token (one of {', '.join(_ENDS)}): add one")
         self.separator = separator
+        self.separator_name = str(self.library.id_to_token(separator))
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         strings = [text.decode() for text in texts]
         encoded = self.library.encode_batch_fast(strings, add_special_tokens=False)
         return [np.array(one.ids, dtype=np.int64) for one in encoded]
+
+    def as_json(self) -> dict[str, Any]:
+        """The file itself, less what cuts a text, fills it up or adds tokens around it."""
+        return {**json.loads(self.library.to_str()), "post_processor": None}
 
 
 @lru_cache(maxsize=8)

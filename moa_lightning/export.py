@@ -1,7 +1,8 @@
-"""`moa export`: the weights of a run as one safetensors file, from a checkpoint in a file or in shards.
+"""`moa export`: the weights of a run as one safetensors file, or a language model for transformers.
 
-The file holds the net's tensors under their names in it, whole, and in its metadata the task and its hyper-parameters
-as JSON, from which the same net can be built again. No optimiser, no callbacks, nothing that could run code.
+The checkpoint may be a file or shards. The file holds the net's tensors under their names in it, whole, and in its
+metadata the task and its hyper-parameters as JSON, from which the same net can be built again. No optimiser, no
+callbacks, nothing that could run code. What transformers loads is a folder with the tokenizer (hub_export.py).
 """
 
 import argparse
@@ -17,10 +18,42 @@ def export_command(argv: list[str]) -> None:
     """The command; raises UserError for a mistake in the input."""
     parser = argparse.ArgumentParser(prog="moa export", description=__doc__.partition("\n")[0])
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run: a file or a folder of shards")
-    parser.add_argument("--out", required=True, type=Path, help="file to write, for instance model.safetensors")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="file to write, for instance model.safetensors; a folder for hf"
+    )
+    parser.add_argument(
+        "--to",
+        choices=("safetensors", "hf"),
+        default="safetensors",
+        help="one file (default), or a folder that transformers loads: a language model and its tokenizer",
+    )
+    parser.add_argument("--import", action="append", default=[], help="hf: Python module to import first")
     options = parser.parse_args(argv)
+    if options.to == "hf":
+        _export_to_hub(options.ckpt_path, options.out, getattr(options, "import"))
+        return
     count, size = export(options.ckpt_path, options.out)
     print(f"{options.out}: {count} tensors, {size:,} bytes")
+
+
+def _export_to_hub(checkpoint: str, out: Path, modules: list[str]) -> None:
+    from .generate import load
+    from .hub_export import write_hub_folder
+
+    _refuse(out)
+    task, data = load(checkpoint, modules)
+    written = write_hub_folder(task.net, data.tokenizer, out)
+    print(f"{out}: {written.architecture}, {written.tensors} tensors, {written.bytes:,} bytes")
+    if written.reason is not None:
+        print(
+            f"{written.reason}, so moa-lightning must be installed where it is loaded: import "
+            "moa_lightning.huggingface first, or give trust_remote_code=True"
+        )
+
+
+def _refuse(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"'{out}' exists already; remove it or choose another --out")
 
 
 def export(checkpoint: str, out: Path) -> tuple[int, int]:
@@ -43,8 +76,7 @@ def export(checkpoint: str, out: Path) -> tuple[int, int]:
     from .run_folder import checkpoint_path
 
     path = str(checkpoint_path(checkpoint, None))
-    if out.exists():
-        raise UserError(f"'{out}' exists already; remove it or choose another --out")
+    _refuse(out)
     content = RunCheckpointIO().load_checkpoint(path)
     tensors = {
         name.removeprefix(NET): tensor.contiguous().clone()  # tied tensors share memory, which safetensors refuses

@@ -105,6 +105,14 @@ class LayerCache:
         self.keys[:, :, before : self.length], self.values[:, :, before : self.length] = keys, values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def mask(self, length: int, keys: Tensor) -> Tensor | None:
+        """Which keys (B, heads, S, head_dim) the last `length` tokens see, bool, to be broadcast to (B, heads, length,
+        S); None: all before them and themselves."""
+        before = keys.shape[2] - length
+        if before == 0 or length == 1:  # a single token sees all before it
+            return None
+        return torch.ones(length, before + length, dtype=torch.bool, device=keys.device).tril(before)
+
 
 class Cache:
     """What a GPT keeps of the tokens that it has read, to continue them: one LayerCache a block."""
@@ -144,10 +152,8 @@ class Attention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.append(k, v)
-        before = k.shape[2] - length
-        causal = mask is None and before == 0
-        if before and length > 1:  # a single token sees all before it
-            mask = torch.ones(length, before + length, dtype=torch.bool, device=x.device).tril(before)
+            mask = cache.mask(length, k)
+        causal = mask is None and k.shape[2] == length
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
         )
