@@ -46,6 +46,7 @@ SETTINGS = (
     "checkpoint",
     "guard",
     "watchdog",
+    "choices",
 )  # of a config.yaml used again
 # A mistake of the input shows in all processes; the first one says it and ends the others within this time.
 SECONDS_OF_SILENCE = 5.0

@@ -15,7 +15,7 @@ USAGE = """usage: moa COMMAND ...
   plan       what a run needs, before it has it: moa plan -c configs/language/gpt_124m.yaml --device h100
   theory     what separates fixed activations, LA and MoA, computed: moa theory
   data       write WebDataset shards, train a tokenizer, write token files:  moa data tokens --source stdlib --out DIR
-  export     the weights as one file:  moa export --ckpt_path RUN/checkpoints/last.ckpt --out mae.safetensors
+  export     the weights as one file, or for transformers:  moa export --ckpt_path CHECKPOINT --to hf --out DIR
 
 moa COMMAND --help lists the options of a command.
 """
@@ -63,6 +63,7 @@ how long (--trainer.*)
                                   validated. Default: a tenth of max_steps
   --trainer.accumulate_grad_batches N   batches in an optimiser step
   --trainer.gradient_clip_val X   largest norm of the gradient
+  --choices FILE                  multiple-choice questions (HellaSwag, ARC; JSONL) to answer at every validation
 
 {_DEVICES}
 the run
@@ -150,9 +151,13 @@ COMMAND_HELP = {
         "validate",
         "Measure on the validation split.",
         "Prints a table of metrics. With\n--freeze_gates N it measures once more, every mix held at its mean over N "
-        "training batches.",
+        "training batches; with\n--choices FILE a language model answers multiple-choice questions (JSONL).",
     ),
-    "test": _evaluation("test", "Measure on the test split.", "Prints a table of metrics."),
+    "test": _evaluation(
+        "test",
+        "Measure on the test split.",
+        "Prints a table of metrics, with --choices\nFILE also of answers to multiple-choice questions.",
+    ),
     "predict": _evaluation(
         "predict",
         "Features of test images (MAE, DINO), losses of test texts (LanguageModeling).",

@@ -26,7 +26,7 @@ from data.text import TextModule
 from tasks.vision import SelfSupervised
 
 from . import parallel  # noqa: F401 - registers the strategy fsdp2
-from .callbacks import DataFaults, default_callbacks
+from .callbacks import DataFaults, MultipleChoice, default_callbacks
 from .callbacks.checkpoint import RunCheckpoint
 from .callbacks.files import write_json
 from .callbacks.guard import Guard
@@ -161,6 +161,13 @@ class MoaCLI(LightningCLI):
             default=0,
             help="validate: once more with every mix held at its mean over so many training batches (default: 0, not).",
         )
+        parser.add_argument(
+            "--choices",
+            type=str | list[str] | None,
+            default=None,
+            help="JSONL files of multiple-choice questions (HellaSwag, ARC), answered by a language model at every "
+            "validation and test.",
+        )
         parser.usage = "moa COMMAND [--option value ...]"
         parser.add_argument("--import", type=list[str], default=[], help="Python modules to import first.")
         for name, kind in CALLBACK_OPTIONS.items():
@@ -222,6 +229,9 @@ class MoaCLI(LightningCLI):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             own.append(StepProgress())
+        choices = self._get(self.config, "choices")
+        if choices and self.subcommand != "predict":
+            own.append(MultipleChoice(choices))
         kwargs |= {"default_root_dir": str(self.run_dir), "logger": False}
         if self.subcommand == "fit":
             steps, options = validation_rhythm(config)
@@ -323,7 +333,9 @@ def option_roots(command: str) -> dict[str, Any]:
     for name, kind in (("trainer", L.Trainer), *CALLBACK_OPTIONS.items(), ("checkpoint", ModelCheckpoint)):
         groups.setdefault(name, {}).update(dict.fromkeys(inspect.signature(kind).parameters))
     del groups["checkpoint"]["kwargs"]
-    values = dict.fromkeys(("print_config", "seed_everything", "run_dir", "freeze_gates", "import", *sorted(own)))
+    values = dict.fromkeys(
+        ("print_config", "seed_everything", "run_dir", "freeze_gates", "choices", "import", *sorted(own))
+    )
     return {**groups, "model": tasks.Task, "data": data.DataModule, **values}
 
 

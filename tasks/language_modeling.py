@@ -135,7 +135,8 @@ class LanguageModeling(Task):
     def mix_forward(self, batch: dict[str, Any]) -> None:
         self.net(batch["tokens"], documents=batch.get("documents"))
 
-    def _nll(self, batch: dict[str, Any]) -> Tensor:
+    def nll(self, batch: dict[str, Any]) -> Tensor:
+        """Negative log-likelihood of each target in nats, float32 (B, T); 0 where it does not count."""
         return self._losses(batch)[0]
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
@@ -147,11 +148,11 @@ class LanguageModeling(Task):
     def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """The mean loss in nats of each sample, with its id."""
         counted = (batch["targets"] >= 0).sum(1)
-        return {"id": batch["id"], "loss": self._nll(batch).sum(1) / counted}
+        return {"id": batch["id"], "loss": self.nll(batch).sum(1) / counted}
 
     def _evaluate(self, split: str, metrics: TextMetrics, batch: dict[str, Any]) -> None:
         data, targets = self.trainer.datamodule, batch["targets"]  # type: ignore[attr-defined]
-        nll = self._nll(batch)
+        nll = self.nll(batch)
         metrics.update(nll, targets, data.token_bytes)
         if "source" not in batch:
             return

@@ -11,6 +11,7 @@ from .learned_mixes import LearnedMixes
 from .learning_rate import LearningRate
 from .linear_probe import OnlineProbe
 from .mixing import MixingTelemetry
+from .multiple_choice import MultipleChoice
 from .pictures import Pictures
 from .restored import RestoredState
 from .routing import RoutingTelemetry
@@ -25,6 +26,7 @@ __all__ = [
     "LearnedMixes",
     "LearningRate",
     "MixingTelemetry",
+    "MultipleChoice",
     "OnlineProbe",
     "Pictures",
     "RestoredState",

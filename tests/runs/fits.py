@@ -27,7 +27,7 @@ import data
 import tasks
 from data.text import TextModule
 from moa_lightning import FFNConfig
-from moa_lightning.callbacks import default_callbacks
+from moa_lightning.callbacks import MultipleChoice, default_callbacks
 from moa_lightning.checkpoints import RunCheckpointIO
 from moa_lightning.models import GPTConfig
 from moa_lightning.moe import MoEConfig
@@ -47,6 +47,7 @@ BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
 FIRST = 5
 EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", "language-moa-mixture"]
 EXPERTS_STEPS, EXPERTS_SAVED_AT = 6, 4
+SOURCES = EXPERTS[-1]
 LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
 CLIP = 0.5
 BACKBONE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -113,6 +114,27 @@ class Recorder(L.Callback):
         groups = {"parameters": parameters.values(), "optimizer": moments, "mixing": mixing.values()}
         self.record.shares = {name: share(list(values)) for name, values in groups.items() if values}
         self.record.plain = [n for n, p in parameters.items() if not isinstance(p, DTensor)]
+
+
+class Answers(MultipleChoice):
+    """Answers two files of questions, one so short that only one of two processes has some, and logs what all endings
+    of each are worth."""
+
+    def __init__(self, folder: Path) -> None:
+        paths = []
+        for name, count in (("few", 2), ("many", 7)):
+            asked = [
+                {"ctx": f"{n} is", "endings": ["a" * n, "work", "the law"], "label": n % 3} for n in range(1, count + 1)
+            ]
+            folder.joinpath(os.environ.get("RANK", "0")).mkdir(parents=True, exist_ok=True)
+            paths.append(str(folder / os.environ.get("RANK", "0") / f"{name}.jsonl"))
+            Path(paths[-1]).write_text("\n".join(map(json.dumps, asked)))
+        super().__init__(paths)
+
+    def _log_likelihoods(self, rows: Any, trainer: L.Trainer, task: Any) -> Tensor:
+        found = super()._log_likelihoods(rows, trainer, task)
+        task.log(f"val/worth_{len(rows)}", found.sum(), sync_dist=True)
+        return found
 
 
 def full(value: Tensor) -> Tensor:
@@ -221,6 +243,7 @@ def fit(
     watched: bool = False,
     batch_size: int = BATCH,
     callbacks: Sequence[L.Callback] = (),
+    validate_every: int = STEPS // 2,
 ) -> Record:
     """One fit.
 
@@ -235,6 +258,7 @@ def fit(
         watched: with TensorBoard and the callbacks of `moa fit`.
         batch_size: samples of a step.
         callbacks: further ones.
+        validate_every: steps between validations.
     """
     task, ffn, extra = (name + "-").split("-")[:3]
     recorder = Recorder(stop_at)
@@ -248,7 +272,7 @@ def fit(
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=CLIP,
-        val_check_interval=STEPS // 2 * accumulate,
+        val_check_interval=validate_every * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         callbacks=used,
@@ -294,7 +318,8 @@ def experts(kind: str, folder: Path) -> dict[str, Record]:
     torch.set_num_threads(1)
     records = {}
     for name in EXPERTS:
-        records[name] = fit(kind, name, folder / name, stop_at=EXPERTS_STEPS, save_at=EXPERTS_SAVED_AT)
+        options = {"validate_every": EXPERTS_STEPS, "callbacks": [Answers(folder)]} if name == SOURCES else {}
+        records[name] = fit(kind, name, folder / name, stop_at=EXPERTS_STEPS, save_at=EXPERTS_SAVED_AT, **options)
         half = folder / name / "half.ckpt"
         records[f"{name}/resumed"] = fit(kind, name, folder / name, stop_at=EXPERTS_STEPS, resume=half)
     name = EXPERTS[0]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .fits import EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, Record, experts
+from .fits import EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, SOURCES, Record, experts
 from .golden import assert_continues, deviation
 from .group import run_group
 
@@ -78,3 +78,15 @@ def test_fsdp_shards_the_experts(found):
             assert rank[name].shares["parameters"] < 0.52
             assert rank[name].shares["optimizer"] < 0.52
             assert not rank[name].plain
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_each_window_of_each_source_and_each_ending_counts_once(found, kind):
+    """Of the source code there is one window, so one of two processes has none; of few questions one batch."""
+    (expected,) = found("one")[0][SOURCES].validations
+    assert {"val/loss_law", "val/loss_code", "val/worth_6", "val/worth_21", "val/few_acc", "val/many_acc_norm"} < set(
+        expected
+    )
+    for rank in found(kind):
+        (validation,) = rank[SOURCES].validations
+        assert validation == pytest.approx(expected, rel=1e-4)
