@@ -54,6 +54,7 @@ class Task(L.LightningModule):
         self.compile_net = compile
         self.activation_checkpointing = activation_checkpointing
         self.net: Any = None
+        self.chosen: dict[str, float] = {}  # options that were computed from data and length, for the log
         self.missing_starts: list[Path] = []
         self.step_skipped = torch.zeros(())  # 1 where the last optimiser step was skipped
 
@@ -117,7 +118,10 @@ class Task(L.LightningModule):
             raise UserError(f"ffn.start_from: there is no {path}; name a run of LA or MoA that has validated")
 
     def configure_optimizers(self) -> Any:
-        return build_optimizer(self.net, self.optimizer_config, self.total_steps)
+        config = self.optimizer_config.of_run(self.samples_per_step, self.total_steps)
+        if self.optimizer_config.reference_batch is not None:
+            self.chosen["lr"] = config.lr
+        return build_optimizer(self.net, config, self.total_steps)
 
     def configure_gradient_clipping(
         self,
@@ -138,7 +142,17 @@ class Task(L.LightningModule):
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            self.clip_norm(parameters, gradient_clip_val, norm)
+
+    def clip_norm(self, parameters: list[nn.Parameter], largest: float, norm: Tensor) -> None:
+        """Scale gradients whose norm, all of them as one vector, is larger than `largest`."""
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+
+    @property
+    def samples_per_step(self) -> int | None:
+        """Samples of an optimiser step over all devices; None where the data do not know their batch."""
+        samples = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        return None if samples is None else samples * self.trainer.accumulate_grad_batches
 
     @property
     def total_steps(self) -> int:

@@ -14,7 +14,7 @@ from moa_lightning.errors import UserError
 from moa_lightning.losses import DINOLoss, koleo_loss
 from moa_lightning.models import SelfDistillation
 from moa_lightning.models.attention import attention_maps
-from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule
+from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule, total_norm
 
 from .base import Recompute, as_config
 from .vision import SelfSupervised, picture
@@ -56,6 +56,8 @@ class DINO(SelfSupervised):
             over a twentieth of the run at most, and 0.996 from 5,000 steps on.
         center_momentum: weight of the old centre.
         koleo_weight: of KoLeo on the student's features of the global crops, as in DINOv2 (there 0.1).
+        clip_per_parameter: clip the gradient of each parameter to trainer.gradient_clip_val by itself, as the official
+            code does, instead of all of them as one vector.
         final_weight_decay: weight decay at the end of the run, reached along a cosine; None: constant.
         optimizer: AdamW or Muon, and the schedule.
         image_size: pixels of the global crops; None: the data's.
@@ -84,6 +86,7 @@ class DINO(SelfSupervised):
         teacher_momentum: float | None = 0.996,
         center_momentum: float = 0.9,
         koleo_weight: float = 0.0,
+        clip_per_parameter: bool = False,
         final_weight_decay: float | None = 0.4,
         optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, weight_decay=0.04),  # noqa: B008
         image_size: int | None = None,
@@ -111,6 +114,7 @@ class DINO(SelfSupervised):
             teacher_momentum=teacher_momentum,
             center_momentum=center_momentum,
             koleo_weight=koleo_weight,
+            clip_per_parameter=clip_per_parameter,
             final_weight_decay=final_weight_decay,
             optimizer=self.optimizer_config,
             image_size=image_size,
@@ -120,7 +124,6 @@ class DINO(SelfSupervised):
             activation_checkpointing=activation_checkpointing,
         )
         self.loss: Any = None
-        self.chosen: dict[str, Any] = {}
         self.view_sizes: list[int] = []
         self._student_features: Tensor | None = None
 
@@ -221,6 +224,14 @@ class DINO(SelfSupervised):
             for group in optimizer.param_groups:
                 if group["name"] in DECAYING:
                     group["weight_decay"] = decay
+
+    def clip_norm(self, parameters: list[nn.Parameter], largest: float, norm: Tensor) -> None:
+        if not self.hparams["clip_per_parameter"]:
+            super().clip_norm(parameters, largest, norm)
+            return
+        for parameter in parameters:
+            if parameter.grad is not None:
+                torch.nn.utils.clip_grads_with_norm_([parameter], largest, total_norm([parameter.grad]))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         momentum = cosine_schedule(self.hparams["teacher_momentum"], 1.0, self.progress)

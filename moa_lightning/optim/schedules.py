@@ -7,7 +7,7 @@ several lengths can be branched from checkpoints of one: docs/optimizers.md.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,10 @@ class OptimizerConfig:
     momentum: float = 0.95
     """of Muon"""
     lr: float = 2e-3
-    """peak learning rate"""
+    """peak learning rate; where reference_batch is given, that of a batch of so many samples"""
+    reference_batch: int | None = None
+    """samples of the batch that lr is meant for: the peak is lr times the samples of an optimiser step over this (the
+    linear rule of Goyal et al., arXiv 1706.02677); null: lr is the peak"""
     weight_decay: float = 0.1
     """of matrices only; coefficients of mixes, norms, biases and tokens never decay"""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -44,6 +47,8 @@ class OptimizerConfig:
     """shape after the warm-up"""
     warmup_steps: int = 50
     """optimiser steps of linear warm-up from zero"""
+    warmup_fraction: float | None = None
+    """share of the run in place of warmup_steps"""
     final_lr_factor: float = 0.0
     """learning rate at the end, in units of lr (not for constant)"""
     decay_fraction: float = 0.2
@@ -67,11 +72,31 @@ class OptimizerConfig:
             raise UserError(f"optimizer.schedule is '{self.schedule}'; choose from {', '.join(SCHEDULES)}")
         if not (self.lr > 0 and self.eps > 0 and 0 < self.decay_fraction <= 1):
             raise UserError("optimizer needs lr > 0, eps > 0 and 0 < decay_fraction <= 1")
+        if self.reference_batch is not None and self.reference_batch < 1:
+            raise UserError(f"optimizer.reference_batch is {self.reference_batch}; give a number of samples, or null")
+        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
+            raise UserError(f"optimizer.warmup_fraction is {self.warmup_fraction}; give a share from 0 to below 1")
         for name in ("weight_decay", "warmup_steps", "mixing_lr_factor", "final_lr_factor"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)} but must not be negative")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas is {list(self.betas)} but must be two numbers, at least 0 and below 1")
+
+    def of_run(self, samples: int | None, steps: int) -> "OptimizerConfig":
+        """The same for one run: lr is its peak, warmup_steps its warm-up.
+
+        Args:
+            samples: of an optimiser step, over all devices; None: not known, which reference_batch does not allow.
+            steps: optimiser steps of the run.
+        """
+        peak, warmup = self.lr, self.warmup_steps
+        if self.reference_batch is not None:
+            if samples is None:
+                raise UserError("optimizer.reference_batch needs data that know their batch_size; set it to null")
+            peak *= samples / self.reference_batch
+        if self.warmup_fraction is not None:
+            warmup = round(self.warmup_fraction * steps)
+        return replace(self, lr=peak, reference_batch=None, warmup_steps=warmup, warmup_fraction=None)
 
 
 def cosine_schedule(start: float, end: float, progress: float) -> float:
@@ -98,7 +123,12 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig, total_steps: int) -> dict[str, Any]:
-    """The optimiser and its per-step schedule, as Lightning's configure_optimizers wants them."""
+    """The optimiser and its per-step schedule, as Lightning's configure_optimizers wants them.
+
+    Args:
+        config: of one run, see `OptimizerConfig.of_run`.
+        total_steps: optimiser steps of the run.
+    """
     patterns = config.muon_parameters if config.name == "muon" else ()
     groups = parameter_groups(net, config.lr, config.weight_decay, config.mixing_lr_factor, patterns)
     for group in groups:

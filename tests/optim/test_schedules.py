@@ -96,6 +96,17 @@ def test_the_optimizer_is_adamw_as_configured() -> None:
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.9), 1e-7)
 
 
+@pytest.mark.parametrize("samples", [256, 512, 4096])
+def test_a_rate_for_a_reference_batch_grows_with_the_batch(samples: int) -> None:
+    config = OptimizerConfig(lr=1.5e-4, reference_batch=256, warmup_fraction=0.05)
+    found = config.of_run(samples, 800)
+    assert (found.lr, found.warmup_steps) == (pytest.approx(1.5e-4 * samples / 256), 40)
+    assert found.of_run(samples, 800) == found, "once is enough"
+    assert OptimizerConfig(warmup_steps=7).of_run(None, 800) == OptimizerConfig(warmup_steps=7)
+    with pytest.raises(UserError, match="reference_batch needs data"):
+        config.of_run(None, 800)
+
+
 @needs_official
 def test_learning_rates_are_the_official_ones_after_the_warm_up() -> None:
     """Base 5e-4, final 1e-6, 10 epochs of 7 steps, 2 epochs of warm-up.
@@ -141,6 +152,8 @@ def test_a_cosine_stays_at_its_ends_outside_the_run() -> None:
         ({"final_lr_factor": -0.1}, "final_lr_factor"),
         ({"decay_fraction": 0.0}, "decay_fraction"),
         ({"decay_fraction": 1.5}, "decay_fraction"),
+        ({"reference_batch": 0}, "reference_batch"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"betas": (0.9,)}, "betas"),
         ({"schedule": "cosinus"}, "cosinus.*wsd"),

@@ -8,6 +8,7 @@ import torch
 
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
+from moa_lightning.optim import OptimizerConfig
 from tasks import MAE
 from tests.models.nets import fragment
 from tests.tasks.conftest import TASKS, data_for, task, trainer
@@ -162,6 +163,46 @@ def test_gradients_are_clipped_in_bf16_too(kind: str, text, tmp_path) -> None:
     trainer(3, tmp_path, **options).fit(task(kind, "moa"), datamodule=data_for(kind, text))
     assert norms == pytest.approx([1e-2] * len(norms), rel=1e-3)
     assert len(norms) >= 2
+
+
+def test_the_rate_of_a_run_follows_its_batch(text, tmp_path) -> None:
+    """16 samples a batch, two batches a step, for a rate that is meant for 8."""
+    optimizer = OptimizerConfig(lr=1e-3, reference_batch=8, warmup_fraction=0.5)
+    model, rates = task("mae", optimizer=optimizer), []
+
+    class Rates(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    options = {"accumulate_grad_batches": 2, "limit_val_batches": 0, "callbacks": [Rates()]}
+    trainer(4, tmp_path, **options).fit(model, datamodule=data_for("mae", text))
+    assert rates == pytest.approx([2e-3, 4e-3, 4e-3, 2e-3])
+    assert model.chosen == {"lr": pytest.approx(4e-3)}
+
+
+def test_dino_can_clip_each_parameter_by_itself(text, tmp_path) -> None:
+    """As the official code does: a gradient g becomes g · min(1, largest / (|g| + 1e-6))."""
+    seen: list[list[torch.Tensor]] = []
+
+    class Gradients(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            self.keep(pl_module)
+
+        def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+            if len(seen) == 1:  # the clipped ones of the first step
+                self.keep(pl_module)
+
+        def keep(self, pl_module) -> None:
+            seen.append([p.grad.clone() for p in pl_module.net.student.parameters() if p.grad is not None])
+
+    options = {"gradient_clip_val": 3.0, "limit_val_batches": 0, "callbacks": [Gradients()]}
+    model = task("dino", clip_per_parameter=True, freeze_last_layer=0.0)
+    trainer(2, tmp_path, **options).fit(model, datamodule=data_for("dino", text))
+    before, after = seen[:2]
+    assert any(g.norm() > 3.0 for g in before)
+    assert any(g.norm() < 3.0 for g in before)
+    for g, clipped in zip(before, after, strict=True):
+        assert torch.allclose(clipped, g * (3.0 / (g.norm() + 1e-6)).clamp(max=1.0), rtol=1e-5, atol=0)
 
 
 def test_float16_is_refused(text, tmp_path) -> None:
