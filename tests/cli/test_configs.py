@@ -38,7 +38,7 @@ def each_once(*groups: list[str]) -> list[tuple[str, ...]]:
 
 
 PAIRS = [pair for kind in MODULES for pair in each_once(names(kind), data_of(kind))]
-LEFT_OPEN = ("image_folder", "text_files", "token_files", "text_90_10")
+LEFT_OPEN = ("image_folder", "imagenet_folder", "text_files", "token_files", "text_90_10")
 
 
 def test_every_combination_of_fragments_names_existing_options_only() -> None:
@@ -58,16 +58,12 @@ def test_every_combination_of_fragments_names_existing_options_only() -> None:
 
 
 REQUIRED = {
-    "image_folder": "--data.source x",
-    "text_files": "--data.source x",
-    "text_90_10": "--data.source x",
-    "token_files": "--data.source x",
-    "image_shards": "--data.train a.tar --data.val b.tar",
-    "text_shards": "--data.train a.tar --data.val b.tar",
+    **dict.fromkeys(LEFT_OPEN, "--data.source x"),
+    **dict.fromkeys(("image_shards", "imagenet_shards", "text_shards"), "--data.train a.tar --data.val b.tar"),
 }
 
 
-@pytest.mark.parametrize(("task", "data"), PAIRS)
+@pytest.mark.parametrize(("task", "data"), [*each_once("vision"), *each_once("language")])
 def test_values_of_task_and_data_fragments_have_the_types_of_the_code(moa: Moa, task: str, data: str) -> None:
     options = REQUIRED.get(Path(data).stem, "")
     outcome = moa(f"fit -c {task} -c {data} -c configs/trainer/cpu.yaml {options} --print_config")
