@@ -10,6 +10,7 @@ from data.base import DataModule, Samples
 from data.image_shards import ImageShards
 from data.images import Images
 from data.mixture import Mixture
+from data.rand_augment import RandAugment
 from data.text import TextFiles
 from data.text_shards import TextShards
 from data.token_files import TokenFiles
@@ -21,6 +22,7 @@ __all__ = [
     "Images",
     "Mixture",
     "MultiCrop",
+    "RandAugment",
     "Samples",
     "SingleView",
     "TextFiles",

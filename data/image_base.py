@@ -175,7 +175,7 @@ class ImageModule(DataModule):
         mean, std: of each channel in [0, 1], for normalisation.
         transform: the views of training; None is SingleView().
         batch_size: samples in a micro-step over all devices together.
-        bank_size: at most so many training images for nearest-neighbour and linear evaluation.
+        bank_size: at most so many training images for nearest-neighbour and linear evaluation; None takes all.
         max_val_samples: validate on at most so many images; None takes all.
         crop_ratio: in evaluation the shorter side is resized to image_size / crop_ratio and the centre is cropped.
         options: `DataModule`'s.
@@ -189,7 +189,7 @@ class ImageModule(DataModule):
         std: tuple[float, ...],
         transform: View | None = None,
         batch_size: int = 64,
-        bank_size: int = 4096,
+        bank_size: int | None = 4096,
         max_val_samples: int | None = None,
         crop_ratio: float = 1.0,
         **options: Any,
@@ -197,7 +197,7 @@ class ImageModule(DataModule):
         super().__init__(batch_size=batch_size, **options)
         if channels not in (1, 3):
             raise UserError(f"channels is {channels} but must be 1 (grey) or 3 (RGB)")
-        if min(image_size, bank_size, max_val_samples or 1) < 1 or not 0 < crop_ratio <= 1:
+        if min(image_size, 1 if bank_size is None else bank_size, max_val_samples or 1) < 1 or not 0 < crop_ratio <= 1:
             raise UserError(
                 f"image_size {image_size}, bank_size {bank_size} and max_val_samples {max_val_samples} must be "
                 f"at least 1, and crop_ratio {crop_ratio} in (0, 1]"
@@ -247,11 +247,17 @@ class ImageModule(DataModule):
 
     def val_dataloader(self) -> list[Loader]:
         """[bank, query], or no loader where there is no validation split."""
-        return [self.eval_loader("bank"), self.eval_loader("val")] if "val" in self.splits else []
+        return self._with_bank("val") if "val" in self.splits else []
 
     def test_dataloader(self) -> list[Loader]:
         """[bank, test images]."""
-        return [self.eval_loader("bank"), self.eval_loader("test")]
+        return self._with_bank("test")
+
+    def _with_bank(self, split: str) -> list[Loader]:
+        """[bank, split], or [split] for a task that compares with nothing and says so (`uses_bank` False)."""
+        task = getattr(self.trainer, "lightning_module", None)
+        bank = [self.eval_loader("bank")] if getattr(task, "uses_bank", True) else []
+        return [*bank, self.eval_loader(split)]
 
     def describe(self) -> dict[str, str | int]:
         return {

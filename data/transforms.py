@@ -139,8 +139,8 @@ class SingleView(View):
     """
 
     def __init__(self, scale: tuple[float, float] = (0.2, 1.0), flip: float = 0.5, crop: bool = True) -> None:
-        _check_scale("scale", scale)
-        _check_probabilities(flip=flip)
+        check_scale("scale", scale)
+        check_probabilities(flip=flip)
         self.scale, self.flip, self.crop = scale, flip, crop
 
     def build(self, size: int) -> list[Transform]:
@@ -178,10 +178,10 @@ class MultiCrop(View):
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         solarize: float = 0.2,
     ) -> None:
-        _check_scale("global_scale", global_scale)
-        _check_scale("local_scale", local_scale)
+        check_scale("global_scale", global_scale)
+        check_scale("local_scale", local_scale)
         names = dict(zip(("blur of global 1", "blur of global 2", "blur of locals"), blur, strict=True))
-        _check_probabilities(flip=flip, jitter=jitter, grayscale=grayscale, solarize=solarize, **names)
+        check_probabilities(flip=flip, jitter=jitter, grayscale=grayscale, solarize=solarize, **names)
         if local_crops < 0 or local_size < 1:
             raise UserError(f"local_crops is {local_crops} and local_size {local_size}: they must be at least 0 and 1")
         if not 0 < blur_sigma[0] <= blur_sigma[1]:
@@ -210,12 +210,14 @@ def _between(bounds: tuple[float, float], share: float) -> float:
     return bounds[0] + (bounds[1] - bounds[0]) * share
 
 
-def _check_scale(name: str, scale: tuple[float, float]) -> None:
+def check_scale(name: str, scale: tuple[float, float]) -> None:
+    """UserError for what is no pair of shares."""
     if not 0 < scale[0] <= scale[1] <= 1:
         raise UserError(f"{name} is {scale} but must be two shares of the image's area in (0, 1], the smaller first")
 
 
-def _check_probabilities(**probabilities: float) -> None:
+def check_probabilities(**probabilities: float) -> None:
+    """UserError for the first that is no probability."""
     for name, value in probabilities.items():
         if not 0 <= value <= 1:
             raise UserError(f"{name} is {value} but must be a probability between 0 and 1")

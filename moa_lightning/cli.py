@@ -2,7 +2,8 @@
 
 What differs from a plain LightningCLI, each for a reason that users have met:
 * all `-c` files are merged before parsing, so fragments compose in any order (configs.py);
-* the command line wins over a checkpoint's hyper-parameters; without `-c`, a run's own config.yaml is used;
+* the command line wins over a checkpoint's hyper-parameters; where no `-c` names a model, a run's own config.yaml is
+  used, and the files are laid over it;
 * the default callbacks and the checkpoint settings stay when a config adds callbacks;
 * every run has one folder, which a second run does not silently share (run_folder.py);
 * a user's mistake is one sentence on stderr and exit code 2 (options.py, mistakes.py).
@@ -101,7 +102,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
 def _run_lightning(command: str, argv: list[str]) -> int:
     paths, options = split_arguments(argv)
-    fragments = [load_config(path) for path in paths] or _settings_of_run(options)
+    fragments = [load_config(path) for path in paths]
+    named = _last(options, "model") is not None or any("model" in fragment.content for fragment in fragments)
+    if not fragments or not named:
+        fragments = [*_settings_of_run(options), *fragments]
     if command != "fit" and _last(options, "ckpt_path") is None and not any("help" in o.key for o in options):
         raise UserError(f"moa {command} needs --ckpt_path with the checkpoint to load")
     config = compose(fragments)
@@ -148,7 +152,7 @@ def _last(options: "list[Option]", key: str) -> str | None:
 
 
 def _settings_of_run(options: "list[Option]") -> list[Fragment]:
-    """Without -c: the config.yaml of the run that --ckpt_path (or --run_dir, for `last`) means, if there is one."""
+    """Where no -c names a model: the config.yaml of the run that --ckpt_path (or --run_dir, for `last`) means."""
     checkpoint, run_dir = _last(options, "ckpt_path"), _last(options, "run_dir")
     if checkpoint is None:
         return []

@@ -41,11 +41,13 @@ Train:  moa fit -c configs/language/gpt_tiny.yaml -c configs/data/stdlib.yaml -c
 
 {_CONFIGS}
 what is trained (--model.*)
-  --model TASK                    LanguageModeling, MAE or DINO; moa fit --model.help MAE lists its options
+  --model TASK                    LanguageModeling, MAE, DINO or ImageClassification; moa fit --model.help MAE lists its
+                                  options
   --model.ffn.activation NAME     identity, gelu, silu, relu, leaky_relu, relu2, tanh, ...
   --model.ffn.mixing KIND         fixed, la (a learned mix), moa (a mix gated per token)
   --model.ffn.gate NAME           sigmoid, softmax, tanh
-  --model.backbone NAME           timm vision transformer (MAE, DINO)
+  --model.backbone NAME           timm vision transformer (MAE, DINO, ImageClassification)
+  --model.weights FILE            what ImageClassification starts from: a checkpoint of MAE or DINO, or timm's weights
   --model.optimizer.lr RATE       peak learning rate
   --model.compile true            compile the blocks (pays off in runs of more than a few minutes)
 

@@ -305,7 +305,7 @@ class MoaCLI(LightningCLI):
 def check_kind(task: L.LightningModule, datamodule: L.LightningDataModule) -> None:
     """Raise UserError for data that a task cannot train on."""
     name, source = type(task).__name__, type(datamodule).__name__
-    if isinstance(task, SelfSupervised) and isinstance(datamodule, TextModule):
+    if isinstance(task, SelfSupervised | tasks.ImageClassification) and isinstance(datamodule, TextModule):
         raise UserError(f"{name} trains on images, and {source} is text; choose --data Images or --data ImageShards")
     if isinstance(task, tasks.LanguageModeling) and isinstance(datamodule, ImageModule):
         raise UserError(f"{name} trains on text, and {source} is images; choose --data TextFiles or --data TextShards")

@@ -2,7 +2,8 @@
 
 from .base import Task
 from .dino import DINO
+from .image_classification import ImageClassification
 from .language_modeling import LanguageModeling
 from .mae import MAE
 
-__all__ = ["DINO", "MAE", "LanguageModeling", "Task"]
+__all__ = ["DINO", "MAE", "ImageClassification", "LanguageModeling", "Task"]

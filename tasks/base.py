@@ -7,11 +7,13 @@ hyper-parameters, so that a checkpoint can be loaded without it.
 
 import math
 import os
+import random
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from moa_lightning.evaluation.token_classes import TokenClasses
 from moa_lightning.models.init import materialize, without_matrices, without_start
 from moa_lightning.optim import OptimizerConfig, build_optimizer, total_norm
 from moa_lightning.parallel import FSDPStrategy, checkpoint_blocks, compile_blocks
+from moa_lightning.random import named_seed
 
 Config = TypeVar("Config")
 Recompute: TypeAlias = bool | Literal["selective"]
@@ -117,11 +120,23 @@ class Task(L.LightningModule):
             path = self.missing_starts[0]
             raise UserError(f"ffn.start_from: there is no {path}; name a run of LA or MoA that has validated")
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the global generators, which drop path and mixing of images draw from, so that a resumed run draws what
+        it would have drawn. Processes draw apart."""
+        seed = named_seed(self.seed or 0, f"step {self.global_step} batch {batch_idx} rank {self.global_rank}")
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config.of_run(self.samples_per_step, self.total_steps)
         if self.optimizer_config.reference_batch is not None:
             self.chosen["lr"] = config.lr
-        return build_optimizer(self.net, config, self.total_steps)
+        return build_optimizer(self.net, config, self.total_steps, self.learning_rates())
+
+    def learning_rates(self) -> dict[str, float] | None:
+        """Learning rate of each parameter of the net in units of the optimiser's; None: all have the same."""
+        return None
 
     def configure_gradient_clipping(
         self,

@@ -64,13 +64,7 @@ class SelfSupervised(Task):
         return {"id": batch["id"], "label": batch["label"], "features": self.features(batch["image"])}
 
     def token_classes(self, batch: dict[str, Any]) -> TokenClasses | None:
-        """Patches of the encoder; None where the backbone does not make one sequence of separate patches."""
-        backbone = self.evaluated_backbone()
-        if not is_plain(backbone):
-            return None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        patch, prefix = int(backbone.patch_embed.patch_size[0]), int(backbone.num_prefix_tokens)
-        return patch_classes(picture(batch["image"], data.mean, data.std), patch, prefix)
+        return token_classes(self.evaluated_backbone(), batch["image"], self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def evaluated_backbone(self) -> Any:
         """The vision transformer whose features are judged."""
@@ -103,6 +97,14 @@ class SelfSupervised(Task):
         self.spectrum.reset()
         for name, value in figures.items():
             self.log(f"{split}/{name}", value.float(), sync_dist=True)
+
+
+def token_classes(backbone: Any, images: Tensor, data: Any) -> TokenClasses | None:
+    """Patches of normalised images (n, C, H, W); None where the backbone makes no sequence of separate ones."""
+    if not is_plain(backbone):
+        return None
+    patch, prefix = int(backbone.patch_embed.patch_size[0]), int(backbone.num_prefix_tokens)
+    return patch_classes(picture(images, data.mean, data.std), patch, prefix)
 
 
 def picture(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -6,6 +6,7 @@ from .collapse import Collapse
 from .convergence import Convergence
 from .dashboard import Dashboard
 from .data_faults import DataFaults
+from .feature_probes import FeatureProbes
 from .gradients import GradientNorm
 from .learned_mixes import LearnedMixes
 from .learning_rate import LearningRate
@@ -22,6 +23,7 @@ __all__ = [
     "Convergence",
     "Dashboard",
     "DataFaults",
+    "FeatureProbes",
     "GradientNorm",
     "LearnedMixes",
     "LearningRate",

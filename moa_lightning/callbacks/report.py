@@ -68,8 +68,9 @@ class RunReport(L.Callback):
             self._print(f"nothing to do: step {trainer.global_step} is reached; raise --trainer.max_steps to go on")
             return
         metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-        shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
-        self._print(f"finished step {trainer.global_step} after {duration(self.clock.seconds)}{shown}")
+        self._print(f"finished step {trainer.global_step} after {duration(self.clock.seconds)}")
+        if metrics:
+            self.console.print(metrics_table(metrics))
         if self.run_dir is not None:
             self._print(f"tensorboard --logdir {shlex.quote(str(self.run_dir))}")
 

@@ -1,6 +1,8 @@
 """Weighted k-nearest-neighbour classification of features, the protocol of DINO's evaluation (Wu et al., arXiv
 1805.01978): cosine similarity, the k nearest bank images vote with weight exp(similarity / T)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,15 +17,31 @@ def knn_votes(
 
     Features are normalised here; k is at most the bank's size. Runs in blocks of queries to bound memory.
     """
+    return _votes(*_neighbours(bank, queries, k), bank_labels, classes, temperature)
+
+
+def knn_accuracies(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, ks: Sequence[int], temperature: float = 0.07
+) -> dict[int, float]:
+    """Percent of queries (n, D) with labels (n,) whose most voted class is theirs, for each k."""
+    classes = int(torch.maximum(bank_labels.max(), labels.max())) + 1
+    similarity, nearest = _neighbours(bank, queries, max(ks))
+    votes = {k: _votes(similarity[:, :k], nearest[:, :k], bank_labels, classes, temperature) for k in ks}
+    return {k: 100.0 * float((vote.argmax(1) == labels).float().mean()) for k, vote in votes.items()}
+
+
+def _neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarity and position in the bank of the k nearest, nearest first: (n, k) each."""
     bank = F.normalize(bank, dim=1)
     k = min(k, len(bank))
-    votes = []
-    for block in F.normalize(queries, dim=1).split(1024):
-        similarity, nearest = (block @ bank.T).topk(k, dim=1)
-        weights = (similarity / temperature).exp()
-        empty = torch.zeros(len(block), classes, dtype=weights.dtype, device=weights.device)
-        votes.append(empty.scatter_add(1, bank_labels[nearest], weights))
-    return torch.cat(votes)
+    found = [(block @ bank.T).topk(k, dim=1) for block in F.normalize(queries, dim=1).split(1024)]
+    return torch.cat([block.values for block in found]), torch.cat([block.indices for block in found])
+
+
+def _votes(similarity: Tensor, nearest: Tensor, bank_labels: Tensor, classes: int, temperature: float) -> Tensor:
+    weights = (similarity / temperature).exp()
+    empty = torch.zeros(len(weights), classes, dtype=weights.dtype, device=weights.device)
+    return empty.scatter_add(1, bank_labels[nearest], weights)
 
 
 class KNNAccuracy(Metric):

@@ -1,7 +1,8 @@
 """Nets only: no optimiser, no Trainer, no data."""
 
+from .classifier import ImageClassifier
 from .dino import SelfDistillation
 from .gpt import GPT, GPTConfig
 from .mae import MaskedAutoencoder
 
-__all__ = ["GPT", "GPTConfig", "MaskedAutoencoder", "SelfDistillation"]
+__all__ = ["GPT", "GPTConfig", "ImageClassifier", "MaskedAutoencoder", "SelfDistillation"]

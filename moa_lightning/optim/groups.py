@@ -9,7 +9,7 @@ Muon takes what the user's patterns name: the matrices of the trunk. Embeddings,
 coefficients are none of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -62,6 +62,23 @@ def parameter_groups(
         for name, params in names.items()
         if params
     ]
+
+
+def scale_rates(net: nn.Module, groups: list[dict[str, Any]], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The groups with the learning rate of each parameter multiplied: one group for each of them and each factor.
+
+    Args:
+        groups: as parameter_groups gives them.
+        rates: factor of each parameter by its name in `net`.
+    """
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    scaled: dict[tuple[str, float], dict[str, Any]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            factor = rates[names[id(parameter)]]
+            new = {**group, "params": [], "name": f"{group['name']} x {factor:.3g}", "lr": group["lr"] * factor}
+            scaled.setdefault((group["name"], factor), new)["params"].append(parameter)
+    return list(scaled.values())
 
 
 def _axes(parameter: nn.Parameter, stacked: set[int]) -> int:

@@ -7,6 +7,7 @@ several lengths can be branched from checkpoints of one: docs/optimizers.md.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .groups import parameter_groups
+from .groups import parameter_groups, scale_rates
 from .muon import MuonAdamW
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -122,18 +123,23 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
     return config.final_lr_factor + (1 - config.final_lr_factor) * left
 
 
-def build_optimizer(net: nn.Module, config: OptimizerConfig, total_steps: int) -> dict[str, Any]:
+def build_optimizer(
+    net: nn.Module, config: OptimizerConfig, total_steps: int, rates: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """The optimiser and its per-step schedule, as Lightning's configure_optimizers wants them.
 
     Args:
         config: of one run, see `OptimizerConfig.of_run`.
         total_steps: optimiser steps of the run.
+        rates: multiplies the learning rate of each parameter, by its name; None: all have that of the config.
     """
     patterns = config.muon_parameters if config.name == "muon" else ()
     groups = parameter_groups(net, config.lr, config.weight_decay, config.mixing_lr_factor, patterns)
     for group in groups:
         if group["name"] == "muon":
             group["momentum"] = config.momentum
+    if rates is not None:
+        groups = scale_rates(net, groups, rates)
     kind: type[torch.optim.AdamW] = MuonAdamW if patterns else torch.optim.AdamW
     optimizer = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_can_fuse(net))
     schedule = torch.optim.lr_scheduler.LambdaLR(

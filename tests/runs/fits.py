@@ -45,7 +45,8 @@ STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp2"}
 HYBRID = "hsdp"  # two copies, each sharded over half of the processes
 BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
 FIRST = 5
-EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", "language-moa-mixture"]
+CLASSIFICATION = "classification-moa"
+EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", "language-moa-mixture", CLASSIFICATION]
 EXPERTS_STEPS, EXPERTS_SAVED_AT = 6, 4
 SOURCES = EXPERTS[-1]
 LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
@@ -179,6 +180,14 @@ def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
         narrow = replace(config, hidden_ratio=2.0)
         options = {"optimizer": optimizer, **EXTRAS[extra]}
         return tasks.LanguageModeling(GPTConfig(depth=2, dim=32, num_heads=2), narrow, seed=0, **options)
+    if task == "classification":
+        drawn = {
+            "drop_path_rate": 0.0,
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "random_erasing": 0.0,
+        }  # by each process for itself
+        return tasks.ImageClassification(**vision, **drawn, num_classes=10, seed=0)
     if task == "mae":
         return tasks.MAE(**vision, decoder_dim=32, decoder_depth=1, decoder_heads=2, seed=0)
     return tasks.DINO(
@@ -220,7 +229,7 @@ def _data_module(task: str, batch_size: int) -> data.DataModule:
         return data.Mixture(sources, weights, epoch_samples=80, context_length=32, batch_size=batch_size, seed=0)
     if task == "language":
         return data.TextFiles(str(ROOT / "LICENSE"), context_length=32, batch_size=batch_size, seed=0)
-    views = data.SingleView(flip=0.0) if task == "mae" else data.MultiCrop(local_crops=1, local_size=16)
+    views = data.MultiCrop(local_crops=1, local_size=16) if task == "dino" else data.SingleView(flip=0.0)
     return data.Images(
         transform=views,
         batch_size=batch_size,

@@ -1,4 +1,5 @@
-"""Experts, Muon and a mixture of sources under one process, DDP and FSDP2: the same run, also stopped and resumed.
+"""Experts, Muon, a mixture of sources and fine-tuning under one process, DDP and FSDP2: the same run, also stopped and
+resumed.
 
 The load is counted over all processes, so the balance loss and the biases do not depend on their number. Muon enlarges
 rounding errors, so its runs only start alike.

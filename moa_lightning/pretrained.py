@@ -1,0 +1,119 @@
+"""The encoder of a trained model as the start of another one: from runs of MAE, DINO and ImageClassification, from what
+`moa export` writes, and from files of others that name their tensors as timm does (facebookresearch/mae and /dino).
+
+Files are read as tensors and plain values only, so they run no code. Of DINO the teacher is taken. What belongs to the
+old objective (decoder, projection head, classifier) is left, and what the file cannot have keeps its own start: the
+new head with its norm, and the coefficients of learned mixes, so that a net with fixed activations can go on as LA or
+MoA.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from .checkpoints import RunCheckpointIO
+from .errors import UserError
+from .mixing import FixedActivation, MixCoefficients
+from .run_folder import checkpoint_path
+
+ENVELOPES = ("state_dict", "teacher", "model")  # under which files keep their tensors
+MARK = "patch_embed.proj.weight"  # every vision transformer has it: what stands before it is its prefix
+OWN = ("head.", "head_dist.", "fc_norm.")  # of a classifier: starts anew
+MLP = {".mlp.fc1.": ".mlp.up_proj.", ".mlp.fc2.": ".mlp.down_proj."}  # timm's names of a plain feed-forward layer
+
+
+def load_encoder(vit: Any, path: str) -> None:
+    """Put the encoder of a file into a timm vision transformer, in place.
+
+    Positions of another grid are interpolated, as timm does.
+
+    Args:
+        vit: its feed-forward layers are ours.
+        path: a checkpoint (a file or a folder of shards), or a .safetensors file.
+
+    Raises:
+        UserError: no such file, not a vision transformer, or one of another shape.
+    """
+    content = read_tensors(path)
+    found = encoder_tensors(content, path)
+    _fit_positions(vit, found)
+    own, fresh = vit.state_dict(), _fresh(vit)
+    without_place = sorted(name for name in found if name.startswith("blocks.") and name not in own)
+    if without_place:
+        raise UserError(
+            f"weights '{path}' have {without_place[0]}, for which this net has no place: give the backbone, "
+            "backbone_args and ffn that they were trained as"
+        )
+    for name, tensor in own.items():
+        given = found.get(name)
+        if given is None and name not in fresh:
+            raise UserError(f"weights '{path}' have no {name}: give the backbone and the ffn that they were trained as")
+        if given is not None and given.shape != tensor.shape:
+            raise UserError(
+                f"weights '{path}' have {name} of shape {tuple(given.shape)}, and this net wants "
+                f"{tuple(tensor.shape)}: give the backbone, backbone_args and ffn that they were trained as"
+            )
+    vit.load_state_dict({name: found[name] for name in own if name in found}, strict=False)
+
+
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """The tensors of a file by name.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    place = Path(str(checkpoint_path(path, None)))
+    if place.suffix == ".safetensors":
+        try:
+            return load_file(place)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"weights '{path}' cannot be read ({error}); give another file") from error
+    content: Any = RunCheckpointIO().load_checkpoint(place)
+    for envelope in ENVELOPES:
+        inside = content.get(envelope)
+        if isinstance(inside, dict):
+            content = inside
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def encoder_tensors(content: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The tensors of the vision transformer in a file, under its own names; of student and teacher the teacher's.
+
+    Raises:
+        UserError: there is none.
+    """
+    prefixes = sorted(name.removesuffix(MARK) for name in content if name.endswith(MARK))
+    if not prefixes:
+        raise UserError(f"weights '{path}' hold no vision transformer: give a run of MAE or DINO, or a timm model")
+    prefix = next((each for each in prefixes if "teacher" in each), prefixes[0])
+    tensors = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(OWN)}
+    for theirs, ours in MLP.items():
+        tensors = {name.replace(theirs, ours): value for name, value in tensors.items()}
+    return tensors
+
+
+def _fit_positions(vit: Any, found: dict[str, Tensor]) -> None:
+    positions, own = found.get("pos_embed"), getattr(vit, "pos_embed", None)
+    if positions is None or own is None or positions.shape == own.shape or positions.dim() != 3:
+        return
+    patches = int(vit.patch_embed.num_patches)
+    prefix = own.shape[1] - patches
+    if own.shape[2] == positions.shape[2] and (positions.shape[1] - prefix) ** 0.5 % 1 == 0:
+        grid = list(vit.patch_embed.grid_size)
+        found["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
+
+
+def _fresh(vit: Any) -> set[str]:
+    """Names that a file need not have."""
+    mixes = {
+        f"{name}.{leaf}"
+        for name, module in vit.named_modules()
+        if isinstance(module, MixCoefficients | FixedActivation)
+        for leaf in module.state_dict()
+    }
+    return mixes | {name for name in vit.state_dict() if name.startswith(OWN)}

@@ -1,0 +1,225 @@
+"""Classification of images by a whole vision transformer: fine-tuning an encoder that MAE or DINO pre-trained, or a
+timm model, or training from scratch.
+
+The recipe is MAE's (He et al., arXiv 2111.06377, and its official code): AdamW with a learning rate that falls from
+layer to layer, drop path, label smoothing, mixup or cutmix of every batch, random erasing; RandAugment is the data's
+(data.RandAugment). Mixing, erasing and the losses are timm's. Images are paired inside a process's batch, and each
+process draws one mix a batch, so with mixup or cutmix runs on other numbers of devices differ.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from moa_lightning import FFNConfig
+from moa_lightning.errors import UserError
+from moa_lightning.evaluation.token_classes import TokenClasses
+from moa_lightning.models import ImageClassifier
+from moa_lightning.optim import OptimizerConfig
+from moa_lightning.pretrained import load_encoder
+
+from .base import Recompute, Task, as_config
+from .vision import token_classes
+
+METRICS = ("loss", "top1", "top5")
+
+
+class ImageClassification(Task):
+    """A timm ViT with a linear head, trained on labels.
+
+    Args:
+        backbone: timm model name.
+        backbone_args: options for timm (embed_dim, depth, num_heads, patch_size, ...).
+        ffn: feed-forward layers; LA and MoA may start from weights with a fixed activation.
+        weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa export wrote,
+            or a file of timm's, MAE's or DINO's own weights. None: from scratch.
+        pool: what the head reads: "avg" (mean over patches, as MAE fine-tunes) or "token" (class token).
+        drop_path_rate: at the last block, rising linearly over the blocks.
+        layer_decay: each layer learns at this share of the rate of the layer above; 1: all alike.
+        mixup: alpha of the beta distribution that images are blended with; 0: never.
+        cutmix: alpha of the beta distribution of pasted areas; 0: never. With both, every batch draws one of them.
+        label_smoothing: share of the target that is spread over all classes.
+        random_erasing: probability that a rectangle of an image becomes noise.
+        optimizer: AdamW or Muon, and the schedule.
+        num_classes: size of the head; None: the data's.
+        image_size: pixels; None: the data's.
+        channels: of the images; None: the data's.
+        seed: of the initial weights and of what is drawn while training; None: the run's seed.
+        compile: compile each transformer block.
+        activation_checkpointing: recompute each block in the backward pass instead of storing its activations;
+            "selective" keeps its matrix products and attention and recomputes the rest.
+    """
+
+    forward_methods = ("features", "features_and_logits")
+    uses_bank = False  # the data need not hand out training images to compare with
+
+    def __init__(
+        self,
+        backbone: str = "vit_base_patch16_224",
+        backbone_args: dict[str, Any] | None = None,
+        ffn: FFNConfig = FFNConfig(),  # noqa: B008 - frozen
+        weights: str | None = None,
+        pool: Literal["avg", "token"] = "avg",
+        drop_path_rate: float = 0.1,
+        layer_decay: float = 0.65,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        label_smoothing: float = 0.1,
+        random_erasing: float = 0.25,
+        optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.05, betas=(0.9, 0.999)),  # noqa: B008
+        num_classes: int | None = None,
+        image_size: int | None = None,
+        channels: int | None = None,
+        seed: int | None = None,
+        compile: bool = False,
+        activation_checkpointing: Recompute = False,
+    ) -> None:
+        super().__init__(optimizer, seed, compile, activation_checkpointing)
+        shares = {"drop_path_rate": drop_path_rate, "label_smoothing": label_smoothing}
+        _check(layer_decay, mixup, cutmix, **shares, random_erasing=random_erasing)
+        self.ffn = as_config(FFNConfig, ffn)
+        self.keep_hyperparameters(
+            backbone=backbone,
+            backbone_args=backbone_args or {},
+            ffn=self.ffn,
+            weights=weights,
+            pool=pool,
+            drop_path_rate=drop_path_rate,
+            layer_decay=layer_decay,
+            mixup=mixup,
+            cutmix=cutmix,
+            label_smoothing=label_smoothing,
+            random_erasing=random_erasing,
+            optimizer=self.optimizer_config,
+            num_classes=num_classes,
+            image_size=image_size,
+            channels=channels,
+            seed=seed,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.metrics = nn.ModuleDict({f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in METRICS})
+        self.mixing: Mixup | None = None
+        self.loss: nn.Module = nn.CrossEntropyLoss()
+
+    def build(self, seed: int) -> nn.Module:
+        h = self.hparams
+        net = ImageClassifier(
+            h["backbone"],
+            h["backbone_args"],
+            self.ffn,
+            self.from_data("image_size"),
+            self.from_data("channels"),
+            self.from_data("num_classes"),
+            h["pool"],
+            h["drop_path_rate"],
+            seed,
+        )
+        if h["weights"] is not None and Path(h["weights"]).exists():
+            load_encoder(net.vit, h["weights"])
+        return net
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        h = self.hparams
+        if h["mixup"] or h["cutmix"]:
+            shares = {"mixup_alpha": h["mixup"], "cutmix_alpha": h["cutmix"], "label_smoothing": h["label_smoothing"]}
+            self.mixing = Mixup(**shares, num_classes=h["num_classes"])
+            self.loss = SoftTargetCrossEntropy()  # the mixed targets are smoothed already
+        elif h["label_smoothing"]:
+            self.loss = LabelSmoothingCrossEntropy(h["label_smoothing"])
+
+    def on_train_start(self) -> None:
+        """Refuse to begin without the weights; a run that goes on has its own."""
+        super().on_train_start()
+        weights = self.hparams["weights"]
+        if self.global_step == 0 and weights is not None and not Path(weights).exists():
+            raise UserError(f"model.weights: there is no '{weights}'; name a checkpoint or a file of weights")
+
+    def learning_rates(self) -> dict[str, float] | None:
+        decay = self.hparams["layer_decay"]
+        return None if decay == 1 else self.net.layer_rates(decay)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head reads of images (B, C, H, W): (B, D)."""
+        return self.net.features(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, C, H, W)."""
+        return self.net(images)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Find images without a label while the batch is still on the CPU."""
+        if "views" in batch and bool((batch["label"] < 0).any()):
+            number = int(batch["id"][batch["label"] < 0][0])
+            raise UserError(f"ImageClassification trains on labels, and image {number} has none: give labelled data")
+        return batch
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        images, targets = self.regularised(batch["views"][0], batch["label"])
+        loss = self.loss(self.net(images), targets)
+        self.log("train/loss", loss.detach(), sync_dist=True)
+        return loss
+
+    def regularised(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) erased and mixed, and their targets: labels (B,), or shares of classes (B, num_classes).
+
+        Draws from the global generators.
+        """
+        if self.hparams["random_erasing"]:
+            erasing = RandomErasing(self.hparams["random_erasing"], mode="pixel", device=images.device)
+            images = erasing(images.clone())
+        if self.mixing is None:
+            return images, labels
+        if len(images) % 2:
+            raise UserError(
+                f"mixup and cutmix pair images, and a process's batch has {len(images)}: give an even data.batch_size"
+            )
+        return self.mixing(images.clone(), labels)
+
+    def mix_forward(self, batch: dict[str, Any]) -> None:
+        self.net(batch["views"][0])
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
+        """Logits (B, num_classes) and features (B, D) of the images, with their ids and labels."""
+        features, logits = self.net.features_and_logits(batch["image"])
+        return {"id": batch["id"], "label": batch["label"], "features": features, "logits": logits}
+
+    def _evaluate(self, batch: dict[str, Any], split: str) -> None:
+        """Loss, and percent of held-out images whose class is the most likely one, or one of the five."""
+        known = (batch["label"] >= 0) & (batch["id"] >= 0)
+        logits, labels = self.net(batch["image"])[known].float(), batch["label"][known]
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        values = (F.cross_entropy(logits, labels, reduction="none"), 100.0 * best[:, 0], 100.0 * best.any(1))
+        for name, value in zip(METRICS, values, strict=True):
+            metric: Any = self.metrics[f"{split}_{name}"]
+            metric.update(value)
+            self.log(f"{split}/{name}", metric, prog_bar=name == "top1")
+
+    def token_classes(self, batch: dict[str, Any]) -> TokenClasses | None:
+        return token_classes(self.net.vit, batch["image"], self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def flops_per_sample(self) -> float:
+        return 3.0 * self.net.flops_per_image()
+
+
+def _check(layer_decay: float, mixup: float, cutmix: float, **shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value < 1 and (name, value) != ("random_erasing", 1):
+            raise UserError(f"{name} is {value} but must be a share from 0 to below 1")
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"layer_decay is {layer_decay} but must be above 0 and at most 1")
+    if min(mixup, cutmix) < 0:
+        raise UserError(f"mixup is {mixup} and cutmix {cutmix}: they must not be negative; 0 switches them off")
