@@ -55,7 +55,7 @@ class FeatureProbes(L.Callback):
     Args:
         ks: numbers of neighbours, as DINO reports them; 20 is the usual one.
         temperature: of the neighbours' votes.
-        epochs: of the linear probe.
+        epochs: of the linear probe; None: about 10,000 steps, but 10 epochs at least and 100 at most.
         rates: learning rates among which the probe's is chosen.
         held_out: share of the bank on which it is chosen.
         pixels: evaluate raw pixels too, where an image has at most 4,096 values.
@@ -66,7 +66,7 @@ class FeatureProbes(L.Callback):
         self,
         ks: Sequence[int] = (10, 20, 100, 200),
         temperature: float = 0.07,
-        epochs: int = 100,
+        epochs: int | None = None,
         rates: Sequence[float] = RATES,
         held_out: float = 0.1,
         pixels: bool = True,
@@ -74,7 +74,7 @@ class FeatureProbes(L.Callback):
     ) -> None:
         if not ks or min(ks) < 1 or not temperature > 0:
             raise UserError(f"FeatureProbes: ks {list(ks)} must be at least 1 and temperature {temperature} above 0")
-        if epochs < 1 or not rates or min(rates) <= 0 or not 0 < held_out < 1:
+        if (epochs is not None and epochs < 1) or not rates or min(rates) <= 0 or not 0 < held_out < 1:
             raise UserError(
                 f"FeatureProbes: epochs {epochs} must be at least 1, rates {list(rates)} above 0 and held_out "
                 f"{held_out} between 0 and 1"

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from moa_lightning.evaluation import knn_accuracies, linear_accuracy
-from moa_lightning.evaluation.linear_sweep import LinearClassifiers, set_aside
+from moa_lightning.evaluation.linear_sweep import LinearClassifiers, default_epochs, set_aside
 
 
 def clouds(count: int, seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -66,6 +66,10 @@ def test_rate_and_scaling_do_not_look_at_the_queries() -> None:
     least = linear_accuracy(bank, bank_labels, queries, labels, epochs=2, rates=(1e-9, 1e-8))
     assert least.at_edge
     assert linear_accuracy(bank, bank_labels, queries, labels, epochs=2) == found
+
+
+def test_few_images_are_seen_a_hundred_times_and_a_million_ten_times() -> None:
+    assert [default_epochs(count) for count in (1_000, 51_200, 1_281_167)] == [100, 50, 10]
 
 
 def test_a_share_of_every_class_is_set_aside() -> None:
