@@ -38,7 +38,6 @@ NOISE = (
     ".*not supported by the model summary.*",
     ".*does not have many workers.*",
     ".*You are using a custom batch sampler.*",
-    ".*You have overridden `on_before_batch_transfer`.*",  # the data modules have none of their own
     ".*Total length of `.*` across ranks is zero.*",
     ".*Cannot dispatch to fused implementation.*",
     ".*Detected an existing checkpoint in .*overwriting.*",

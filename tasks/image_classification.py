@@ -136,8 +136,15 @@ class ImageClassification(Task):
             self.loss = LabelSmoothingCrossEntropy(h["label_smoothing"])
 
     def on_train_start(self) -> None:
-        """Refuse to begin without the weights; a run that goes on has its own."""
+        """Refuse images without labels, and to begin without the weights; a run that goes on has its own."""
         super().on_train_start()
+        labels = getattr(getattr(self.trainer.datamodule, "splits", {}).get("train"), "labels", None)  # type: ignore[attr-defined]
+        if labels is not None and bool((labels < 0).any()):
+            count, first = int((labels < 0).sum()), int((labels < 0).nonzero()[0])
+            raise UserError(
+                f"ImageClassification trains on labels, and {count} training images have none, the first of them image "
+                f"{first}: give labelled data"
+            )
         weights = self.hparams["weights"]
         if self.global_step == 0 and weights is not None and not Path(weights).exists():
             raise UserError(f"model.weights: there is no '{weights}'; name a checkpoint or a file of weights")
@@ -153,13 +160,6 @@ class ImageClassification(Task):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W)."""
         return self.net(images)
-
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Find images without a label while the batch is still on the CPU."""
-        if "views" in batch and bool((batch["label"] < 0).any()):
-            number = int(batch["id"][batch["label"] < 0][0])
-            raise UserError(f"ImageClassification trains on labels, and image {number} has none: give labelled data")
-        return batch
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         images, targets = self.regularised(batch["views"][0], batch["label"])

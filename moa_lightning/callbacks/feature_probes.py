@@ -8,7 +8,7 @@ are looked at once. Every process gathers all features and works out the same fi
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,9 +21,19 @@ from torchmetrics.utilities import dim_zero_cat
 from ..errors import UserError
 from ..evaluation.knn import knn_accuracies
 from ..evaluation.linear_sweep import RATES, LinearAccuracy, linear_accuracy
+from ..evaluation.rank import feature_rank
 
 MOST_PIXELS = 4096  # values of an image: where raw pixels are a baseline that anybody would use
 BANK, QUERY = 0, 1
+WIDTH = 120  # columns of the table, also where the output is a file
+
+
+class Figures(NamedTuple):
+    """What features are worth."""
+
+    neighbours: dict[int, float]  # k -> percent
+    linear: LinearAccuracy
+    rank: float  # of the queries
 
 
 class LabelledFeatures(Metric):
@@ -59,7 +69,6 @@ class FeatureProbes(L.Callback):
         rates: learning rates among which the probe's is chosen.
         held_out: share of the bank on which it is chosen.
         pixels: evaluate raw pixels too, where an image has at most 4,096 values.
-        console: where the table is written; None: the process's standard output.
     """
 
     def __init__(
@@ -70,7 +79,6 @@ class FeatureProbes(L.Callback):
         rates: Sequence[float] = RATES,
         held_out: float = 0.1,
         pixels: bool = True,
-        console: Console | None = None,
     ) -> None:
         if not ks or min(ks) < 1 or not temperature > 0:
             raise UserError(f"FeatureProbes: ks {list(ks)} must be at least 1 and temperature {temperature} above 0")
@@ -82,9 +90,8 @@ class FeatureProbes(L.Callback):
         self.ks, self.temperature = tuple(ks), temperature
         self.epochs, self.rates, self.held_out = epochs, tuple(rates), held_out
         self.pixels = pixels
-        self.console = console or Console(soft_wrap=True, highlight=False)
         self._seen: dict[str, list[LabelledFeatures]] = {}  # what -> [bank, query]
-        self._of_pixels: dict[str, tuple[dict[int, float], LinearAccuracy]] = {}  # by split: they never change
+        self._of_pixels: dict[str, Figures] = {}  # by split: they never change
         self._active = False
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -141,26 +148,25 @@ class FeatureProbes(L.Callback):
         table = {"features": found["features"]}
         if split in self._of_pixels:
             table["raw pixels"] = self._of_pixels[split]
-        for name, (neighbours, linear) in table.items():
+        for name, figures in table.items():
             prefix = f"{split}/" + ("" if name == "features" else "pixels_")
-            values = {f"{prefix}knn{k}_top1": value for k, value in neighbours.items()}
-            pl_module.log_dict({**values, f"{prefix}probe_top1": linear.top1}, sync_dist=False)
+            values = {f"{prefix}knn{k}_top1": value for k, value in figures.neighbours.items()}
+            pl_module.log_dict({**values, f"{prefix}probe_top1": figures.linear.top1}, sync_dist=False)
         if trainer.is_global_zero:
-            self.console.print(self._table(split, table))
+            Console(width=WIDTH, highlight=False).print(self._table(split, table))
 
-    def _judge(
-        self, bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor
-    ) -> tuple[dict[int, float], LinearAccuracy]:
+    def _judge(self, bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> Figures:
         neighbours = knn_accuracies(bank, bank_labels, queries, labels, self.ks, self.temperature)
-        arguments = (bank, bank_labels, queries, labels, self.epochs, self.rates, self.held_out)
-        return neighbours, linear_accuracy(*arguments)
+        linear = linear_accuracy(bank, bank_labels, queries, labels, self.epochs, self.rates, self.held_out)
+        return Figures(neighbours, linear, float(feature_rank(queries)))
 
-    def _table(self, split: str, found: dict[str, tuple[dict[int, float], LinearAccuracy]]) -> Table:
+    def _table(self, split: str, found: dict[str, Figures]) -> Table:
         columns = [f"{k}-NN" for k in self.ks]
-        table = Table(f"{split} top-1, %", *columns, "linear", "chosen on training images")
-        for name, (neighbours, linear) in found.items():
+        table = Table(f"{split} top-1, %", *columns, "linear", "chosen on training images", "rank")
+        for name, (neighbours, linear, rank) in found.items():
             edge = ", the sweep's end" if linear.at_edge else ""
             kind = "standardised" if linear.scaling == "each" else "as they are"
             chosen = f"rate {linear.rate:g}{edge}, {kind} ({linear.chosen_top1:.2f} there)"
-            table.add_row(name, *(f"{neighbours[k]:.2f}" for k in self.ks), f"{linear.top1:.2f}", chosen)
+            accuracies = (*(neighbours[k] for k in self.ks), linear.top1)
+            table.add_row(name, *(f"{value:.2f}" for value in accuracies), chosen, f"{rank:.1f}")
         return table

@@ -1,12 +1,10 @@
 """The offline protocols in validation, test and at the end of a fit: the figures of a computation by hand."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from moa_lightning.callbacks import FeatureProbes
@@ -30,14 +28,12 @@ def by_hand(model: Any, loaders: list[Any], pixels: bool) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("kind", ["mae", "dino"])
-def test_test_and_the_end_of_a_fit_measure_features_and_pixels(kind: str, tmp_path: Path) -> None:
-    text = io.StringIO()
-    console = Console(file=text, width=200)
+def test_test_and_the_end_of_a_fit_measure_features_and_pixels(kind: str, tmp_path: Path, capsys) -> None:
     model, module = task(kind, "moa"), data_for(kind, tmp_path)
-    probes = FeatureProbes(**OPTIONS, console=console)
+    probes = FeatureProbes(**OPTIONS)
     run = trainer(4, tmp_path, callbacks=[probes], val_check_interval=2, check_val_every_n_epoch=None)
     run.fit(model, datamodule=module)
-    assert text.getvalue().count("raw pixels") == 1  # only after the last step
+    assert capsys.readouterr().out.count("raw pixels") == 1  # only after the last step
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     run.test(model, datamodule=module, verbose=False)
     metrics |= {name: float(value) for name, value in run.callback_metrics.items()}
@@ -46,7 +42,7 @@ def test_test_and_the_end_of_a_fit_measure_features_and_pixels(kind: str, tmp_pa
         for prefix, pixels in (("", False), ("pixels_", True)):
             expected = {f"{split}/{prefix}{name}": v for name, v in by_hand(model, loaders, pixels).items()}
             assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-3)
-    assert f"{metrics['test/pixels_probe_top1']:.2f}" in text.getvalue()
+    assert f"{metrics['test/pixels_probe_top1']:.2f}" in capsys.readouterr().out
     assert metrics["test/pixels_knn20_top1"] > 60
 
 
