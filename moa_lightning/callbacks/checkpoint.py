@@ -37,8 +37,15 @@ class RunCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "latest": self.latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        names = state_dict.get("latest")
+        if not isinstance(names, list) or not all(isinstance(name, str) and self._is_name(name) for name in names):
+            raise UserError("the checkpoint's list of kept checkpoints is none; it is damaged, so give another one")
         super().load_state_dict(state_dict)
-        self.latest = list(state_dict["latest"])
+        self.latest = list(names)
+
+    def _is_name(self, name: str) -> bool:
+        """Of a checkpoint in a folder."""
+        return name.endswith(self.FILE_EXTENSION) and name == Path(name).name
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_batch_end(trainer, *args)
@@ -78,10 +85,12 @@ class RunCheckpoint(ModelCheckpoint):
             self._remove_checkpoint(trainer, str(path.with_name(name)))
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Remove one that is neither among the latest nor among the best."""
+        """Remove one of this folder that is neither among the latest nor among the best."""
         best = {Path(kept).name for kept in self.best_k_models}
-        name = Path(filepath).name
-        if name not in best and name not in self.latest and self.save_top_k != -1:
+        folder, name = Path(filepath).parent, Path(filepath).name
+        kept = name in best or name in self.latest or self.save_top_k == -1
+        # a checkpoint that somebody else made must not name what is removed
+        if not kept and self._is_name(name) and folder == Path(self.dirpath or ""):
             super()._remove_checkpoint(trainer, filepath)
 
 

@@ -31,8 +31,17 @@ class RestoredState(L.Callback):
 
 
 def check_state(optimizer: Optimizer) -> None:
-    """Raise UserError unless every moment has the shape of its parameter and every step count is one number."""
-    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    """Raise UserError unless every moment has the shape of its parameter, every step count is one number, and every
+    group's settings are of the kind that the optimiser began with."""
+    groups = optimizer.param_groups
+    if not all(
+        _option_fits(default, group.get(name)) for group in groups for name, default in optimizer.defaults.items()
+    ):
+        raise UserError(
+            "the checkpoint's optimiser has settings that are none; it is damaged or of another optimiser, so give "
+            "another one"
+        )
+    group_of = {parameter: group for group in groups for parameter in group["params"]}
     for parameter, state in optimizer.state.items():
         # torch keeps entries of the file that belong to no parameter under the number that they had
         known = parameter in group_of and isinstance(state, dict)
@@ -60,6 +69,15 @@ def _counts(node: Any) -> Iterator[Any]:
             yield child
         else:
             yield from _counts(child)
+
+
+def _option_fits(default: Any, value: Any) -> bool:
+    if default is None or isinstance(default, bool):
+        return value is None or isinstance(value, bool)
+    if isinstance(default, tuple):
+        same = isinstance(value, tuple | list) and len(value) == len(default)
+        return same and all(map(_option_fits, default, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _fits(name: str, value: Any, parameter: torch.Tensor) -> bool:

@@ -50,6 +50,17 @@ def test_a_state_of_no_parameter_is_refused() -> None:
         check_state(optimizer)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("betas", 5), ("betas", (0.9,)), ("betas", (0.9, "x")), ("lr", None), ("fused", 0.5), ("eps", True)],
+)
+def test_settings_of_another_kind_are_refused(name: str, value: object) -> None:
+    optimizer = stepped()
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(UserError, match="settings that are none"):
+        check_state(optimizer)
+
+
 def test_amsgrad_wants_its_moment() -> None:
     optimizer = stepped()
     optimizer.param_groups[0]["amsgrad"] = True

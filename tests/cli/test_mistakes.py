@@ -48,7 +48,7 @@ CASES = {
     "backbone": (f"{FIT} --model.backbone vit_foo", ["'vit_foo'"]),
     "task": (f"{FIT} --model MAEE", ["--model 'MAEE'", "did you mean MAE?"]),
     "data": (f"{FIT} --data Imagez", ["--data 'Imagez'", "did you mean Images?"]),
-    "view": (f"{FIT} --data.transform Foo", ["--data.transform 'Foo'", "MultiCrop, SingleView"]),
+    "view": (f"{FIT} --data.transform Foo", ["--data.transform 'Foo'", "MultiCrop, RandAugment, SingleView"]),
     "command": ("fitt", ["'fitt'", "fit, validate"]),
     "module": (f"{FIT} --import no_such_module", ["--import 'no_such_module'"]),
     "callback": (f"{FIT} --trainer.callbacks+ Foo", ["trainer.callbacks", "'Foo' is unknown"]),
@@ -76,7 +76,7 @@ CASES = {
     "type": (f"{FIT} --data.batch_size x", ["--data.batch_size is 'x'; give a whole number"]),
     "no value": (f"{FIT} --trainer.max_steps", ["--trainer.max_steps needs a value"]),
     "stray word": (f"{FIT} extra", ["'extra' belongs to no option"]),
-    "nothing": ("fit", ["no model is named", "DINO, LanguageModeling, MAE"]),
+    "nothing": ("fit", ["no model is named", "DINO, ImageClassification, LanguageModeling, MAE"]),
     "no data": ("fit --model MAE", ["no data is named", "Images"]),
     "no end": ("fit --model MAE --data Images", ["the run has no end", "--trainer.max_steps"]),
     # numbers
