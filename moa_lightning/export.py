@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 
 from .errors import UserError
-
-NET = "net."
+from .generate import WEIGHTS_HELP
 
 
 def export_command(argv: list[str]) -> None:
@@ -27,21 +26,22 @@ def export_command(argv: list[str]) -> None:
         default="safetensors",
         help="one file (default), or a folder that transformers loads: a language model and its tokenizer",
     )
+    parser.add_argument("--weights", choices=("average", "last"), help=WEIGHTS_HELP)
     parser.add_argument("--import", action="append", default=[], help="hf: Python module to import first")
     options = parser.parse_args(argv)
     if options.to == "hf":
-        _export_to_hub(options.ckpt_path, options.out, getattr(options, "import"))
+        _export_to_hub(options.ckpt_path, options.out, options.weights, getattr(options, "import"))
         return
-    count, size = export(options.ckpt_path, options.out)
+    count, size = export(options.ckpt_path, options.out, options.weights)
     print(f"{options.out}: {count} tensors, {size:,} bytes")
 
 
-def _export_to_hub(checkpoint: str, out: Path, modules: list[str]) -> None:
+def _export_to_hub(checkpoint: str, out: Path, weights: str | None, modules: list[str]) -> None:
     from .generate import load
     from .hub_export import write_hub_folder
 
     _refuse(out)
-    task, data = load(checkpoint, modules)
+    task, data = load(checkpoint, modules, weights)
     written = write_hub_folder(task.net, data.tokenizer, out)
     print(f"{out}: {written.architecture}, {written.tensors} tensors, {written.bytes:,} bytes")
     if written.reason is not None:
@@ -56,12 +56,13 @@ def _refuse(out: Path) -> None:
         raise UserError(f"'{out}' exists already; remove it or choose another --out")
 
 
-def export(checkpoint: str, out: Path) -> tuple[int, int]:
+def export(checkpoint: str, out: Path, weights: str | None = None) -> tuple[int, int]:
     """Write the weights of a checkpoint.
 
     Args:
         checkpoint: a file or a folder of shards.
         out: the safetensors file.
+        weights: "average" or "last" ones; None: those that the run evaluates.
 
     Returns:
         Number of tensors, and bytes of the file.
@@ -73,15 +74,15 @@ def export(checkpoint: str, out: Path) -> tuple[int, int]:
     from safetensors.torch import save_file
 
     from .checkpoints import RunCheckpointIO
+    from .optim import net_weights
     from .run_folder import checkpoint_path
 
     path = str(checkpoint_path(checkpoint, None))
     _refuse(out)
     content = RunCheckpointIO().load_checkpoint(path)
     tensors = {
-        name.removeprefix(NET): tensor.contiguous().clone()  # tied tensors share memory, which safetensors refuses
-        for name, tensor in content.get("state_dict", {}).items()
-        if name.startswith(NET)
+        name: tensor.contiguous().clone()  # tied tensors share memory, which safetensors refuses
+        for name, tensor in net_weights(content, weights).items()
     }
     if not tensors:
         raise UserError(f"checkpoint '{path}' holds no net; give one that a run of moa has written")

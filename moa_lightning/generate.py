@@ -15,6 +15,7 @@ from .errors import UserError
 
 UNFINISHED = "\ufffd"  # what decoding makes of a character whose last bytes are still to come
 LONGEST_CHARACTER = 4  # bytes, so tokens at most
+WEIGHTS_HELP = "average or last ones, of a run that keeps an average (default: those that it validates)"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +33,7 @@ def generate_command(argv: list[str]) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     prompts = _prompts(options)
     device = _device(options.device)
-    task, data = load(options.ckpt_path, getattr(options, "import"))
+    task, data = load(options.ckpt_path, getattr(options, "import"), options.weights)
     net = task.net.eval().to(device)
     alone = len(prompts) * options.num_samples == 1
     for number, prompt in enumerate(prompts, start=1):
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min_p", type=float, help="leave out tokens less than this times as likely as the likeliest")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn, the same for every prompt (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default auto)")
+    parser.add_argument("--weights", choices=("average", "last"), help=WEIGHTS_HELP)
     parser.add_argument("--import", action="append", default=[], help="Python module to import first; may be repeated")
     return parser
 
@@ -85,12 +87,13 @@ def _device(name: str) -> Any:
     return device
 
 
-def load(checkpoint: str, modules: list[str]) -> tuple[Any, Any]:
+def load(checkpoint: str, modules: list[str], weights: str | None = None) -> tuple[Any, Any]:
     """The task with its trained net, and the data module of its run, whose data are not read.
 
     Args:
         checkpoint: a file or a folder of shards.
         modules: the user's own, to be imported first.
+        weights: "average" or "last" ones; None: those that the run evaluates.
 
     Raises:
         UserError: no checkpoint of a language model, or not in the folder of its run.
@@ -112,7 +115,7 @@ def load(checkpoint: str, modules: list[str]) -> tuple[Any, Any]:
     if not issubclass(kind, LanguageModeling):
         raise UserError(f"'{path}' is of {kind.__name__}, which writes no text; give one of LanguageModeling")
     module, arguments = _class_of(config.content, "data", path)
-    return _restored(kind, path), module(**{name: _instance(value, path) for name, value in arguments.items()})
+    return _restored(kind, path, weights), module(**{name: _instance(value, path) for name, value in arguments.items()})
 
 
 def _instance(value: Any, path: str) -> Any:
@@ -133,7 +136,7 @@ def _class_of(config: dict[str, Any], key: str, path: str) -> tuple[Any, dict[st
         raise UserError(f"the config.yaml of '{path}' names no known class for {key}; it is damaged") from error
 
 
-def _restored(kind: Any, path: str) -> Any:
+def _restored(kind: Any, path: str, weights: str | None) -> Any:
     from .checkpoints import RunCheckpointIO
 
     content = RunCheckpointIO().load_checkpoint(path)
@@ -146,6 +149,7 @@ def _restored(kind: Any, path: str) -> Any:
         raise UserError(
             f"'{path}' does not hold the net that its settings describe ({reason}); give another"
         ) from error
+    task.keep_weights(weights)
     return task
 
 

@@ -270,6 +270,7 @@ class MoaCLI(LightningCLI):
         if self.trainer.world_size > 1:
             raise UserError("--freeze_gates needs the whole net in one process: set --trainer.devices 1")
         trained = self._metrics()
+        self.model.keep_weights()
         self.model.to(self.trainer.strategy.root_device).eval()
         data = (self._on_device(batch) for batch in itertools.islice(self.datamodule.train_dataloader(), batches))
         with self.trainer.precision_plugin.forward_context(), isolate_rng():

@@ -22,7 +22,7 @@ from moa_lightning.controls import start_mixes
 from moa_lightning.errors import UserError
 from moa_lightning.evaluation.token_classes import TokenClasses
 from moa_lightning.models.init import materialize, without_matrices, without_start
-from moa_lightning.optim import OptimizerConfig, build_optimizer, total_norm
+from moa_lightning.optim import NO_AVERAGE, OptimizerConfig, WeightAverage, build_optimizer, total_norm
 from moa_lightning.parallel import FSDPStrategy, checkpoint_blocks, compile_blocks
 from moa_lightning.random import named_seed
 
@@ -58,6 +58,8 @@ class Task(L.LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.net: Any = None
         self.chosen: dict[str, float] = {}  # options that were computed from data and length, for the log
+        self.average: WeightAverage | None = None
+        self._exchanged = False  # the averages are in the net, and its weights where the averages belong
         self.missing_starts: list[Path] = []
         self.step_skipped = torch.zeros(())  # 1 where the last optimiser step was skipped
 
@@ -85,6 +87,12 @@ class Task(L.LightningModule):
             return
         if self._trainer is not None and str(self.trainer.precision).startswith("16"):
             raise UserError("float16 is not offered, its range is too small for squared activations: use bf16-mixed")
+        decay = self.optimizer_config.average_decay
+        if decay and self._trainer is not None and self.trainer.precision == "bf16-true":
+            raise UserError(
+                "optimizer.average_decay needs float32 weights, as an average moves by less than bfloat16 can tell: "
+                "set trainer.precision to bf16-mixed"
+            )
         if self.seed is None:
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
         self.net = self._build(self.seed)
@@ -96,6 +104,8 @@ class Task(L.LightningModule):
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.shard(self.net, self.forward_methods)
         materialize(self.net)
+        if decay:
+            self.average = WeightAverage(self.net, decay)
 
     def _build(self, seed: int) -> nn.Module:
         """The net without the matrices whose values follow from (seed, name), or whole where not all of them do.
@@ -132,11 +142,61 @@ class Task(L.LightningModule):
         config = self.optimizer_config.of_run(self.samples_per_step, self.total_steps)
         if self.optimizer_config.reference_batch is not None:
             self.chosen["lr"] = config.lr
-        return build_optimizer(self.net, config, self.total_steps, self.learning_rates())
+        built = build_optimizer(self.net, config, self.total_steps, self.learning_rates())
+        average = self.average
+        if average is not None:
+            built["optimizer"].register_step_post_hook(lambda *_: average.follow(self.net, self.global_step))
+        return built
 
     def learning_rates(self) -> dict[str, float] | None:
         """Learning rate of each parameter of the net in units of the optimiser's; None: all have the same."""
         return None
+
+    def show_weights(self, which: str) -> None:
+        """Have the net hold the "average" or the "last" weights, where there is an average."""
+        if self.average is not None and self._exchanged != (which == "average"):
+            self.average.exchange(self.net)
+            self._exchanged = not self._exchanged
+
+    def keep_weights(self, which: str | None = None) -> None:
+        """Go on for good with the "average" or the "last" weights; None: with those that are evaluated.
+
+        Raises:
+            UserError: there is no average.
+        """
+        if which == "average" and self.average is None:
+            raise UserError(NO_AVERAGE)
+        self.show_weights(which or self.optimizer_config.evaluate)
+        self.average, self._exchanged = None, False
+
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self.show_weights(self.optimizer_config.evaluate)
+
+    def on_validation_end(self) -> None:
+        self.show_weights("last")
+
+    def on_test_model_eval(self) -> None:
+        super().on_test_model_eval()
+        self.show_weights(self.optimizer_config.evaluate)
+
+    def on_test_end(self) -> None:
+        self.show_weights("last")
+
+    def on_predict_model_eval(self) -> None:
+        super().on_predict_model_eval()
+        self.show_weights(self.optimizer_config.evaluate)
+
+    def on_predict_end(self) -> None:
+        self.show_weights("last")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Weights and averages go under their own names, also while they are exchanged."""
+        if self.average is not None and self._exchanged:
+            state = checkpoint["state_dict"]
+            for name in self.average.state_dict():
+                weight, average = f"net.{name}", f"average.{name}"
+                state[weight], state[average] = state[average], state[weight]
 
     def configure_gradient_clipping(
         self,

@@ -1,5 +1,6 @@
 """Parameter groups, the optimiser and its schedules."""
 
+from .average import NO_AVERAGE, WeightAverage, net_weights
 from .groups import DECAYING, parameter_groups
 from .muon import MuonAdamW
 from .norms import total_norm
@@ -7,11 +8,14 @@ from .schedules import OptimizerConfig, build_optimizer, cosine_schedule, learni
 
 __all__ = [
     "DECAYING",
+    "NO_AVERAGE",
     "MuonAdamW",
     "OptimizerConfig",
+    "WeightAverage",
     "build_optimizer",
     "cosine_schedule",
     "learning_rate_factor",
+    "net_weights",
     "parameter_groups",
     "total_norm",
 ]

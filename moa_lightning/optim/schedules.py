@@ -56,11 +56,16 @@ class OptimizerConfig:
     """share of the run in which WSD decays"""
     decay_shape: Literal["linear", "1-sqrt"] = "linear"
     """how WSD decays"""
+    average_decay: float = 0.0
+    """weight of the old average in an average of the weights over the steps, kept beside them; 0: no average"""
+    evaluate: Literal["average", "last"] = "average"
+    """where there is an average: whether it or the last weights are validated, tested, exported and written with"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "muon_parameters", tuple(self.muon_parameters))
-        for name, allowed in (("name", ("adamw", "muon")), ("decay_shape", ("linear", "1-sqrt"))):
+        choices = {"name": ("adamw", "muon"), "decay_shape": ("linear", "1-sqrt"), "evaluate": ("average", "last")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"optimizer.{name} is '{getattr(self, name)}'; choose from {', '.join(allowed)}")
         if not 0 <= self.momentum < 1:
@@ -80,6 +85,8 @@ class OptimizerConfig:
         for name in ("weight_decay", "warmup_steps", "mixing_lr_factor", "final_lr_factor"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)} but must not be negative")
+        if not 0 <= self.average_decay < 1:
+            raise UserError(f"optimizer.average_decay is {self.average_decay}; give a number from 0 to below 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas is {list(self.betas)} but must be two numbers, at least 0 and below 1")
 

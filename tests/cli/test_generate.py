@@ -1,10 +1,13 @@
 """moa generate: the same text as without a cache, streamed and in batches; mistakes in one sentence."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from moa_lightning import generate
 from moa_lightning.sampling import Sampling
@@ -139,3 +142,22 @@ def test_a_mixture_of_token_files_trains_and_writes_its_own_tokens(moa: Moa, wor
     assert task.net.embed.weight.shape[0] == data.vocab_size == 300
     told = moa(f"generate --ckpt_path {CHECKPOINT} --prompt qui --temperature 0 --max_new_tokens 8").out
     assert told == greedy_without_cache("qui", 8) + "\n"
+
+
+def test_a_run_that_averages_its_weights_is_used_with_the_average(moa: Moa, words: None) -> None:
+    line = f"{TEXT} -c configs/optimizer/ema.yaml --model.optimizer.average_decay 0.3 --trainer.max_steps 3"
+    assert moa(f"{line} --run_dir run").code == 0
+    state = torch.load(CHECKPOINT, weights_only=True)["state_dict"]
+    key = "blocks.0.mlp.down_proj.weight"
+    expected = {"average": state[f"average.{key}"], "last": state[f"net.{key}"]}
+    assert not torch.equal(*expected.values())
+    for which, weight in expected.items():
+        assert torch.equal(generate.load(CHECKPOINT, [], which)[0].net.state_dict()[key], weight)
+        assert moa(f"export --ckpt_path {CHECKPOINT} --out {which}.safetensors --weights {which}").code == 0
+        assert torch.equal(load_file(f"{which}.safetensors")[key], weight)
+    assert torch.equal(generate.load(CHECKPOINT, [])[0].net.state_dict()[key], expected["average"])
+
+    found = json.loads(Path("run/result.json").read_text())["metrics"]["val/loss"]
+    validate = f"validate --ckpt_path {CHECKPOINT}"
+    assert f"val/loss │ {found:.5g} " in re.sub(" +", " ", moa(validate).out)
+    assert f"{found:.5g}" not in moa(f"{validate} --model.optimizer.evaluate last").out

@@ -45,10 +45,9 @@ STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp2"}
 HYBRID = "hsdp"  # two copies, each sharded over half of the processes
 BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
 FIRST = 5
-CLASSIFICATION = "classification-moa"
-EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", "language-moa-mixture", CLASSIFICATION]
-EXPERTS_STEPS, EXPERTS_SAVED_AT = 6, 4
-SOURCES = EXPERTS[-1]
+CLASSIFICATION, SOURCES = "classification-moa", "language-moa-mixture"
+EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", SOURCES, CLASSIFICATION]
+EXPERTS_STEPS, EXPERTS_SAVED_AT, EXPERTS_VALIDATED = 6, 4, 3
 LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
 CLIP = 0.5
 BACKBONE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -164,10 +163,11 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "": {},
     "bias": {"moe": MoEConfig(4, 2, shared_experts=1, balance="bias", balance_bias_rate=0.01)},
     "loss": {"moe": MoEConfig(4, 1, balance_loss_weight=0.1), "loss_chunk": 50, "z_loss_weight": 1e-3},
-    "mixture": {},
+    "mixture": {"optimizer": OptimizerConfig(lr=5e-3, weight_decay=1.0, warmup_steps=5, average_decay=0.9)},
     "muon": {"moe": MoEConfig(4, 2), "optimizer": OptimizerConfig("muon", lr=5e-3, warmup_steps=5)},
 }
-"""options of language models beside their ffn, as fit names have them: language-<ffn>-<extra>; mixture: of sources"""
+"""options of language models beside their ffn, as fit names have them: language-<ffn>-<extra>; mixture: of sources,
+with documents kept apart and an average of the weights"""
 
 
 def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
@@ -223,10 +223,11 @@ def make_data(task: str, batch_size: int) -> data.DataModule:
 
 def _data_module(task: str, batch_size: int) -> data.DataModule:
     if task == "mixture":
-        texts = {"law": ROOT / "LICENSE", "code": ROOT / "moa_lightning" / "errors.py"}
-        sources: dict[str, TextModule] = {name: data.TextFiles(str(path)) for name, path in texts.items()}
+        code = [str(ROOT / "moa_lightning" / name) for name in ("errors.py", "losses/__init__.py")]
+        sources: dict[str, TextModule] = {"law": data.TextFiles(str(ROOT / "LICENSE")), "code": data.TextFiles(code)}
         weights = {"law": 2.0, "code": 1.0}  # 26 samples of code are more than there are
-        return data.Mixture(sources, weights, epoch_samples=80, context_length=32, batch_size=batch_size, seed=0)
+        options: dict[str, Any] = {"context_length": 32, "batch_size": batch_size, "seed": 0, "mask_documents": True}
+        return data.Mixture(sources, weights, epoch_samples=80, **options)
     if task == "language":
         return data.TextFiles(str(ROOT / "LICENSE"), context_length=32, batch_size=batch_size, seed=0)
     views = data.MultiCrop(local_crops=1, local_size=16) if task == "dino" else data.SingleView(flip=0.0)
@@ -251,8 +252,8 @@ def fit(
     save_at: int | None = None,
     watched: bool = False,
     batch_size: int = BATCH,
-    callbacks: Sequence[L.Callback] = (),
     validate_every: int = STEPS // 2,
+    callbacks: Sequence[L.Callback] = (),
 ) -> Record:
     """One fit.
 
@@ -266,8 +267,8 @@ def fit(
         save_at: write <folder>/half.ckpt after this step.
         watched: with TensorBoard and the callbacks of `moa fit`.
         batch_size: samples of a step.
+        validate_every: steps from one validation to the next.
         callbacks: further ones.
-        validate_every: steps between validations.
     """
     task, ffn, extra = (name + "-").split("-")[:3]
     recorder = Recorder(stop_at)
@@ -327,10 +328,12 @@ def experts(kind: str, folder: Path) -> dict[str, Record]:
     torch.set_num_threads(1)
     records = {}
     for name in EXPERTS:
-        options = {"validate_every": EXPERTS_STEPS, "callbacks": [Answers(folder)]} if name == SOURCES else {}
-        records[name] = fit(kind, name, folder / name, stop_at=EXPERTS_STEPS, save_at=EXPERTS_SAVED_AT, **options)
+        options: dict[str, Any] = {"stop_at": EXPERTS_STEPS, "validate_every": EXPERTS_VALIDATED}
+        if name == SOURCES:
+            options["callbacks"] = [Answers(folder)]
+        records[name] = fit(kind, name, folder / name, save_at=EXPERTS_SAVED_AT, **options)
         half = folder / name / "half.ckpt"
-        records[f"{name}/resumed"] = fit(kind, name, folder / name, stop_at=EXPERTS_STEPS, resume=half)
+        records[f"{name}/resumed"] = fit(kind, name, folder / name, resume=half, **options)
     name = EXPERTS[0]
     records[f"{name}/accumulated"] = fit(kind, name, folder / name, accumulate=2, stop_at=EXPERTS_STEPS)
     return records

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .fits import EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, SOURCES, Record, experts
+from .fits import CLASSIFICATION, EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, SOURCES, Record, experts
 from .golden import assert_continues, deviation
 from .group import run_group
 
@@ -38,6 +38,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(found, kind, name):
         whole, resumed = rank[name], rank[f"{name}/resumed"]
         assert_continues(resumed, whole, EXPERTS_SAVED_AT)
         assert len(resumed.loss) == EXPERTS_STEPS - EXPERTS_SAVED_AT
+        assert len(whole.validations) == 2
+        assert resumed.validations == whole.validations[1:]
+
+
+def losses(record: Record) -> list[float]:
+    return [metrics["val/loss"] for metrics in record.validations]
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -49,6 +55,7 @@ def test_two_processes_are_one(found, kind, name):
         assert deviation(rank[name].loss[:steps], expected.loss[:steps]) < near / 10
         assert deviation(rank[name].norm[:steps], expected.norm[:steps]) < 10 * near
         if not name.endswith("muon"):
+            assert deviation(losses(rank[name]), losses(expected)) < near
             for key, weight in expected.weights.items():
                 assert (rank[name].weights[key] - weight).norm() <= 1e-3 * weight.norm(), key
 
@@ -73,21 +80,22 @@ def test_the_biases_move(found, kind):
 
 
 def test_fsdp_shards_the_experts(found):
-    """Half of every parameter and of the optimiser's state lies on each process."""
+    """Half of every parameter and of the optimiser's state lies on each process, of seven rows four."""
     for rank in found("fsdp"):
         for name in EXPERTS:
-            assert rank[name].shares["parameters"] < 0.52
-            assert rank[name].shares["optimizer"] < 0.52
+            most = 0.54 if name == CLASSIFICATION else 0.52
+            assert rank[name].shares["parameters"] < most
+            assert rank[name].shares["optimizer"] < most
             assert not rank[name].plain
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_each_window_of_each_source_and_each_ending_counts_once(found, kind):
     """Of the source code there is one window, so one of two processes has none; of few questions one batch."""
-    (expected,) = found("one")[0][SOURCES].validations
+    expected = found("one")[0][SOURCES].validations[-1]
     assert {"val/loss_law", "val/loss_code", "val/worth_6", "val/worth_21", "val/few_acc", "val/many_acc_norm"} < set(
         expected
     )
     for rank in found(kind):
-        (validation,) = rank[SOURCES].validations
+        validation = rank[SOURCES].validations[-1]
         assert validation == pytest.approx(expected, rel=1e-4)
