@@ -23,8 +23,9 @@ except ImportError as error:
     ) from error
 
 from .feedforward import FFNConfig
+from .mixing import MixCoefficients
 from .models.gpt import GPT, Cache, GPTConfig, LayerCache, rotary_table
-from .moe import MoEConfig
+from .moe import MoEConfig, Router
 
 MODEL_TYPE = "moa_gpt"
 
@@ -72,6 +73,8 @@ class MoaForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         sizes = config.vocab_size, config.max_position_embeddings
         self.net = GPT(GPTConfig(**config.gpt), FFNConfig(**config.ffn), *sizes, moe=MoEConfig(**config.moe))
+        exact = [name for name, part in self.net.named_modules() if isinstance(part, MixCoefficients | Router)]
+        self._keep_in_fp32_modules_strict = sorted({name.rpartition(".")[2] for name in exact})  # also in bfloat16
         self.post_init()
 
     @torch.no_grad()

@@ -130,6 +130,11 @@ def test_the_packages_own_model_is_the_net(name: str, tmp_path: Path) -> None:
         net.cos, net.sin = wide.net.cos, wide.net.sin  # the tables stay float32 in transformers
         difference = (wide(prompts()).logits - net(prompts())).abs().max()
         assert difference < 1e-10
+    narrow, _ = loaded(tmp_path / "out", dtype=torch.bfloat16)
+    for key, tensor in narrow.net.state_dict().items():
+        mixes = key.endswith(("_mix.base", "_mix.gate_weight", "router.weight", "router.bias"))
+        assert tensor.dtype == (torch.float32 if mixes else torch.bfloat16), key
+    assert narrow(prompts()).logits.isfinite().all()
 
 
 def test_generation_of_the_packages_own_model(tmp_path: Path) -> None:
