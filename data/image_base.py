@@ -210,6 +210,7 @@ class ImageModule(DataModule):
         self.crop_ratio = crop_ratio
         self.mean, self.std = tuple(mean), tuple(std)
         self.class_names: list[str] | None = None
+        self.images_to_predict: LabelledImages | None = None
         self.num_classes: int | None = None
 
     @abstractmethod
@@ -244,6 +245,30 @@ class ImageModule(DataModule):
             return data
         generator = torch.Generator().manual_seed(named_seed(0, name))
         return data.take(torch.randperm(len(data.labels), generator=generator)[:limit].sort().values)
+
+    def predict_on(self, images: LabelledImages) -> None:
+        """Have `predict` see these images instead of the test split; the module's own data are then not read for it."""
+        self.images_to_predict = images
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage != "predict" or self.images_to_predict is None:
+            super().setup(stage)
+        elif "predict" not in self.splits:
+            self.splits["predict"] = self._samples(self.images_to_predict)
+            self.splits["predict"].on_bad_sample = self.on_bad_sample
+
+    def predict_dataloader(self) -> Loader:
+        return self.eval_loader(self._predicted)
+
+    def file_names(self) -> list[str] | None:
+        """The files of the images that `predict` sees, by id; None where images are not files of their own."""
+        samples = self.splits[self._predicted]
+        assert isinstance(samples, ImageSamples)
+        return samples.images.files() if hasattr(samples.images, "files") else None
+
+    @property
+    def _predicted(self) -> str:
+        return "test" if self.images_to_predict is None else "predict"
 
     def val_dataloader(self) -> list[Loader]:
         """[bank, query], or no loader where there is no validation split."""

@@ -66,7 +66,8 @@ class ImageShards(ImageModule):
 
     def prepare_data(self) -> None:
         """Build missing indices in one process of each machine before all of them read."""
-        self.shards.read()
+        if self.images_to_predict is None:
+            self.shards.read()
 
     def read(self) -> dict[str, LabelledImages]:
         return {

@@ -84,6 +84,10 @@ class FileImages:
             content = Path(path).read_bytes()
         return decode(content, self.channels, path, lambda: path)
 
+    def files(self) -> list[str]:
+        """All paths."""
+        return self.paths
+
 
 def stratified_split(labels: Tensor, fractions: dict[str, float], seed: int) -> dict[str, Tensor]:
     """Positions of each split: of every class the named fractions, mixed; the rest for "train", sorted.
@@ -240,6 +244,20 @@ def read_folder(folder: str, channels: int, fractions: dict[str, float]) -> Sour
     return Source(splits, classes or None, hashlib.sha256(encoded(listing)).hexdigest())
 
 
+def folder_images(folder: str, channels: int) -> LabelledImages:
+    """All images in a folder and in those inside it, sorted by path, without labels.
+
+    Raises:
+        UserError: missing or empty folder, empty file.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"'{folder}' is no folder; give one with images")
+    names = _image_files(root, mixed=True)
+    labels = torch.full((len(names),), UNLABELLED)
+    return LabelledImages(FileImages([str(root / name) for name in names], channels), labels)
+
+
 def _labelled(base: Path, names: list[str], classes: list[str], channels: int) -> LabelledImages:
     """The files of one split with the numbers of their classes."""
     number: dict[str | None, int] = {None: UNLABELLED, **{name: label for label, name in enumerate(classes)}}
@@ -255,8 +273,8 @@ def _class_of(path: str) -> str | None:
     return path.split("/", 1)[0] if "/" in path else None
 
 
-def _image_files(root: Path) -> list[str]:
-    """Relative paths of the images under a folder, sorted."""
+def _image_files(root: Path, mixed: bool = False) -> list[str]:
+    """Relative paths of the images under a folder, sorted; `mixed`: they may lie beside folders with images."""
     found = []
     visited: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -274,7 +292,7 @@ def _image_files(root: Path) -> list[str]:
                 found.append(Path(path).relative_to(root).as_posix())
     if not found:
         raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)})")
-    if len({"/" in path for path in found}) > 1:
+    if not mixed and len({"/" in path for path in found}) > 1:
         raise UserError(f"{root} holds both images and class folders: move the images into a class folder")
     return sorted(found)
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .timm_models import register
 
 if TYPE_CHECKING:
     from .activations import register_activation
@@ -29,3 +30,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'moa_lightning' has no attribute '{name}'")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+register()  # timm.create_model("moa_vit", ...)

@@ -2,7 +2,8 @@
 
 The checkpoint may be a file or shards. The file holds the net's tensors under their names in it, whole, and in its
 metadata the task and its hyper-parameters as JSON, from which the same net can be built again. No optimiser, no
-callbacks, nothing that could run code. What transformers loads is a folder with the tokenizer (hub_export.py).
+callbacks, nothing that could run code. `--to timm` writes the encoder alone, which timm loads (timm_export.py), and
+`--to hf` a folder that transformers loads, with the tokenizer (hub_export.py).
 """
 
 import argparse
@@ -22,9 +23,10 @@ def export_command(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--to",
-        choices=("safetensors", "hf"),
+        choices=("safetensors", "timm", "hf"),
         default="safetensors",
-        help="one file (default), or a folder that transformers loads: a language model and its tokenizer",
+        help="safetensors: the whole net in one file (default); timm: the encoder of MAE or DINO for timm; hf: a "
+        "folder for transformers, of a language model and its tokenizer",
     )
     parser.add_argument("--weights", choices=("average", "last"), help=WEIGHTS_HELP)
     parser.add_argument("--import", action="append", default=[], help="hf: Python module to import first")
@@ -32,8 +34,10 @@ def export_command(argv: list[str]) -> None:
     if options.to == "hf":
         _export_to_hub(options.ckpt_path, options.out, options.weights, getattr(options, "import"))
         return
-    count, size = export(options.ckpt_path, options.out, options.weights)
+    count, size, call = export(options.ckpt_path, options.out, options.weights, options.to == "timm")
     print(f"{options.out}: {count} tensors, {size:,} bytes")
+    if call:
+        print(call.replace("FILE", repr(str(options.out))))
 
 
 def _export_to_hub(checkpoint: str, out: Path, weights: str | None, modules: list[str]) -> None:
@@ -56,16 +60,17 @@ def _refuse(out: Path) -> None:
         raise UserError(f"'{out}' exists already; remove it or choose another --out")
 
 
-def export(checkpoint: str, out: Path, weights: str | None = None) -> tuple[int, int]:
+def export(checkpoint: str, out: Path, weights: str | None = None, for_timm: bool = False) -> tuple[int, int, str]:
     """Write the weights of a checkpoint.
 
     Args:
         checkpoint: a file or a folder of shards.
         out: the safetensors file.
         weights: "average" or "last" ones; None: those that the run evaluates.
+        for_timm: the encoder alone, see timm_export.py.
 
     Returns:
-        Number of tensors, and bytes of the file.
+        Number of tensors, bytes of the file, and the line of Python that loads it where that is timm's.
 
     Raises:
         UserError: the file exists, or the checkpoint is not one of a run.
@@ -91,9 +96,15 @@ def export(checkpoint: str, out: Path, weights: str | None = None) -> tuple[int,
         "step": str(content["global_step"]),
         "hyper_parameters": json.dumps(content.get("hyper_parameters", {})),
     }
+    call = ""
+    if for_timm:
+        from .timm_export import encoder_of
+
+        tensors, about, call = encoder_of(tensors, content["hyper_parameters"])
+        metadata |= about
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out, metadata)  # it writes a temporary file and renames it
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{out}' cannot be written ({error}); choose another --out") from error
-    return len(tensors), out.stat().st_size
+    return len(tensors), out.stat().st_size, call

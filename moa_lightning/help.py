@@ -8,14 +8,15 @@ USAGE = """usage: moa COMMAND ...
   fit        train:  moa fit -c configs/vision/mae_tiny.yaml -c configs/data/mnist5k.yaml -c configs/ffn/moa.yaml
   validate   measure on held-out data:  moa validate --ckpt_path runs/mae/version_0/checkpoints/last.ckpt
   test       on the test split, once the settings are chosen
-  predict    features of images, losses of texts
+  predict    features of images (of any folder: --folder DIR --out features.parquet), losses of texts
   generate   text from a language model: moa generate --ckpt_path RUN/checkpoints/last.ckpt --prompt 'def '
   ablate     a grid of runs with a table and plots: moa ablate configs/grids/quickstart.yaml
   bench      what the layers cost on this machine: moa bench op step --out results
   plan       what a run needs, before it has it: moa plan -c configs/language/gpt_124m.yaml --device h100
   theory     what separates fixed activations, LA and MoA, computed: moa theory
   data       write WebDataset shards, train a tokenizer, write token files:  moa data tokens --source stdlib --out DIR
-  export     the weights as one file, or for transformers:  moa export --ckpt_path CHECKPOINT --to hf --out DIR
+  export     the weights as one file:  moa export --ckpt_path RUN/checkpoints/last.ckpt --out mae.safetensors
+             --to timm: the encoder for timm; --to hf: a language model for transformers
 
 moa COMMAND --help lists the options of a command.
 """
@@ -163,6 +164,8 @@ COMMAND_HELP = {
     "predict": _evaluation(
         "predict",
         "Features of test images (MAE, DINO), losses of test texts (LanguageModeling).",
-        "Writes predictions.npz.",
+        "Writes predictions.npz. For all\nimages of a folder, with their file names:\n"
+        "moa predict --ckpt_path RUN/checkpoints/last.ckpt --folder pictures --out features.parquet\n"
+        "--out ends in .npz or in .parquet, which needs pyarrow.",
     ),
 }

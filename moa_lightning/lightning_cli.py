@@ -22,6 +22,7 @@ from rich.console import Console
 import data
 import tasks
 from data.image_base import ImageModule
+from data.image_sources import folder_images
 from data.text import TextModule
 from tasks.vision import SelfSupervised
 
@@ -30,7 +31,7 @@ from .callbacks import DataFaults, MultipleChoice, default_callbacks
 from .callbacks.checkpoint import RunCheckpoint
 from .callbacks.files import write_json
 from .callbacks.guard import Guard
-from .callbacks.predictions import PredictionFile
+from .callbacks.predictions import DEFAULT, PredictionFile
 from .callbacks.preemption import REQUEUE, Preemption
 from .callbacks.progress import StepProgress
 from .callbacks.report import RunReport, metrics_table
@@ -168,6 +169,8 @@ class MoaCLI(LightningCLI):
             help="JSONL files of multiple-choice questions (HellaSwag, ARC), answered by a language model at every "
             "validation and test.",
         )
+        parser.add_argument("--folder", type=str | None, default=None, help="predict: the images of this folder.")
+        parser.add_argument("--out", type=str | None, default=None, help="predict: file to write, .npz or .parquet.")
         parser.usage = "moa COMMAND [--option value ...]"
         parser.add_argument("--import", type=list[str], default=[], help="Python modules to import first.")
         for name, kind in CALLBACK_OPTIONS.items():
@@ -192,6 +195,8 @@ class MoaCLI(LightningCLI):
         check_devices(config["trainer"])
         if config["freeze_gates"] and self.subcommand != "validate":
             raise UserError(f"--freeze_gates belongs to moa validate, not to moa {self.subcommand}")
+        if self.subcommand != "predict" and (config["folder"] or config["out"]):
+            raise UserError(f"--folder and --out belong to moa predict, not to moa {self.subcommand}")
         if self.subcommand == "fit":
             check_length(config["trainer"])
             self._claim_folder(Path(given) if given else None, config, checkpoint, restart)
@@ -214,6 +219,10 @@ class MoaCLI(LightningCLI):
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
         check_kind(self.model, self.datamodule)
+        if folder := self._get(self.config, "folder"):
+            if not isinstance(self.datamodule, ImageModule):
+                raise UserError("--folder is for models of images, and this one reads text")
+            self.datamodule.predict_on(folder_images(folder, self.datamodule.channels))
         try:
             self.trainer = self.instantiate_trainer()
         except UserError:
@@ -245,7 +254,8 @@ class MoaCLI(LightningCLI):
             kwargs |= options
             kwargs["logger"] = loggers(self.run_dir, config["logger"])
         elif self.subcommand == "predict":
-            own.append(PredictionFile(self.run_dir))
+            out = self._get(self.config, "out")
+            own.append(PredictionFile(Path(out) if out else self.run_dir / DEFAULT))
         plugins = config["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), RunCheckpointIO()]
         return super().instantiate_trainer(callbacks=[*own, *callbacks], **kwargs)
@@ -335,7 +345,17 @@ def option_roots(command: str) -> dict[str, Any]:
         groups.setdefault(name, {}).update(dict.fromkeys(inspect.signature(kind).parameters))
     del groups["checkpoint"]["kwargs"]
     values = dict.fromkeys(
-        ("print_config", "seed_everything", "run_dir", "freeze_gates", "choices", "import", *sorted(own))
+        (
+            "print_config",
+            "seed_everything",
+            "run_dir",
+            "freeze_gates",
+            "choices",
+            "folder",
+            "out",
+            "import",
+            *sorted(own),
+        )
     )
     return {**groups, "model": tasks.Task, "data": data.DataModule, **values}
 

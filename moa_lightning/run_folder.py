@@ -194,4 +194,8 @@ class FolderLock:
 
 def saved_settings(config: Any) -> dict[str, Any]:
     """What of a run's config.yaml describes the run: not where it was stored, nor where it was continued."""
-    return {key: value for key, value in config.items() if key not in ("run_dir", "ckpt_path", "weights_only")}
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in ("run_dir", "ckpt_path", "weights_only", "folder", "out")
+    }

@@ -16,7 +16,7 @@ from ..feedforward import FFNConfig
 from ..injection import inject
 from ..losses.mae import patchify
 from .init import initialize, mae_rule
-from .vit import blocks_flops, build_vit, check_size, make_maskable, pooled, sincos_positions
+from .vit import blocks_flops, build_vit, check_size, make_maskable, pooled, sincos_positions, untouched_tokens
 
 
 def random_mask(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, *grid)[None], persistent=False)
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)  # as in the blocks
         self.pred = nn.Linear(dim, pixels)
 
     def forward(self, prefix: Tensor, patches: Tensor, restore: Tensor) -> Tensor:
@@ -71,6 +71,7 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: share of patches removed.
         decoder_dim, decoder_depth, decoder_heads: size of the decoder.
         seed: initial weights are a function of (seed, parameter name).
+        weights: file of weights of the timm model that the encoder starts from, its positions too.
 
     Raises:
         UserError: the backbone cannot leave patches out, or the mask leaves none or all.
@@ -89,9 +90,11 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         seed: int = 0,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
-        options = {**backbone_args, "global_pool": ""}  # the decoder wants all tokens, whatever else wants one vector
+        # the decoder wants all tokens, whatever else wants one vector
+        options = {**{k: v for k, v in backbone_args.items() if k != "global_pool"}, **untouched_tokens(backbone)}
         self.encoder: Any = build_vit(backbone, ffn, image_size, channels, seed, **options)
         self.selector = make_maskable(self.encoder, backbone)
         check_size(self.encoder, image_size)
@@ -108,6 +111,9 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = Decoder(int(self.encoder.embed_dim), decoder_dim, decoder_depth, decoder_heads, grid, pixels)
         inject(self.decoder, decoder_ffn, seed=seed)
         initialize(self, seed, mae_rule)
+        if weights is not None:
+            loaded = build_vit(backbone, ffn, image_size, channels, seed, weights, **options)
+            self.encoder.load_state_dict(loaded.state_dict())
 
     def _fix_positions(self, grid: tuple[int, int]) -> None:
         positions = getattr(self.encoder, "pos_embed", None)

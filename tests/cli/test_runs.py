@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moa_lightning.callbacks.predictions import write_table
 from moa_lightning.cli import main
 from tests.cli.conftest import MAE, TEXT, Moa
 
@@ -199,6 +201,43 @@ def test_predictions_are_one_row_a_sample(moa: Moa, words: None) -> None:
     assert np.isfinite(predictions["features"]).all()
     assert moa(f"{TEXT} --run_dir text --trainer.max_steps 1").code == 0
     assert "text/predictions.npz: id (20,), loss (20,)" in moa("predict --run_dir text --ckpt_path last").out
+
+
+def test_the_images_of_any_folder_have_features_with_their_names(moa: Moa) -> None:
+    """Without the run's own data, in another order of folders than of names, and unlike ones beside each other."""
+    assert moa(f"{MAE} --run_dir images --trainer.max_steps 1").code == 0
+    names = ["b.png", "a/z.png", "a/y/x.jpg", "c.png"]
+    for number, name in enumerate(names):
+        Path("pictures", name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((40 + number, 30), 60 * number, np.uint8)
+        Image.fromarray(pixels).save(Path("pictures", name))
+    line = "predict --ckpt_path images/checkpoints/last.ckpt --folder pictures --data.batch_size 3"
+    outcome = moa(f"{line} --out new/features.npz")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "new/features.npz: id (4,), label (4,), features (4, 128), path (4,)" in outcome.out
+    table = np.load("new/features.npz")
+    assert table["path"].tolist() == [f"pictures/{name}" for name in sorted(names)]
+    assert len(np.unique(table["features"].round(4), axis=0)) == 4
+    single = moa(f"{line.replace('--folder pictures', '--folder pictures/a')} --out a.npz")
+    assert (single.code, np.load("a.npz")["path"].tolist()) == (0, ["pictures/a/y/x.jpg", "pictures/a/z.png"])
+    assert np.allclose(np.load("a.npz")["features"], table["features"][:2], atol=1e-5)
+    for command, words in {
+        f"{line} --out features.csv": "ends in .npz or .parquet",
+        line.replace("pictures", "nowhere"): "'nowhere' is no folder",
+        line.replace("predict", "validate"): "belong to moa predict",
+    }.items():
+        outcome = moa(command)
+        assert (outcome.code, words in outcome.err) == (2, True), outcome.err
+
+
+def test_features_as_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    features = np.arange(6, dtype=np.float32).reshape(3, 2)
+    write_table(tmp_path / "a.parquet", {"file": np.array(["x", "ü", "z"]), "features": features})
+    table = parquet.read_table(tmp_path / "a.parquet")
+    assert table["file"].to_pylist() == ["x", "ü", "z"]
+    assert table["features"].type.list_size == 2
+    assert table["features"].to_pylist() == features.tolist()
 
 
 def test_runs_without_a_name_are_numbered_and_can_be_repeated(moa: Moa) -> None:

@@ -1,7 +1,7 @@
 """timm vision transformers of several families, all made small: two blocks of width 48 on images of 16 pixels.
 
-Between them: class token or none, registers, position tables or rotary positions (one set, or one a block and head),
-layer scale, GLU layers with a norm inside, mean or attention pooling.
+Between them: class token or none, distilled, registers, position tables or rotary positions (one set, or one a block
+and head), layer scale, GLU layers with a norm inside, mean or attention pooling.
 """
 
 import torch
@@ -11,6 +11,7 @@ SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 4, "patch_size": 4}
 IMAGE, PATCHES = 16, 16
 FAMILIES = [
     "vit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
     "deit3_small_patch16_224",
     "vit_medium_patch16_reg4_gap_256",
     "vit_base_patch16_siglip_224",

@@ -1,0 +1,88 @@
+"""`moa export --to timm`: the encoder of a run as a model of timm, or as `moa_vit` where its layers are not timm's.
+
+Of MAE it is the encoder, of DINO the teacher's backbone. Where every feed-forward layer computes what timm's layer does
+(a fixed activation, the same widths), the tensors get timm's names and plain timm loads the file. Otherwise, for LA and
+MoA above all, they keep ours, and `import moa_lightning; timm.create_model("moa_vit", file=...)` loads it. Either way
+the net of the file is built and run beside the run's own before the file is written.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from .errors import UserError
+from .feedforward import FFNConfig
+from .injection import inject
+from .models.timm_weights import timm_state
+from .models.vit import build_vit, pooled, untouched_tokens
+
+ENCODERS = ("encoder.", "teacher.backbone.")  # of MAE, of DINO
+MEAN_OF_PATCHES = {"global_pool": "avg", "fc_norm": False}  # after the last norm, as MAE's features are
+MEAN_OF_PATCHES_EVA = {"global_pool": "avg", "use_fc_norm": False}
+LARGEST = 1e-6  # relative difference of features that is rounding
+
+
+class Encoder(NamedTuple):
+    """What goes into the file."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    call: str
+    """the line of Python that loads it, with FILE for the file"""
+
+
+def encoder_of(net: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Encoder:
+    """The encoder of a run.
+
+    Args:
+        net: the tensors of its net by name.
+        settings: the task's hyper-parameters.
+
+    Raises:
+        UserError: the run has no vision transformer.
+    """
+    prefix = next((p for p in ENCODERS if any(name.startswith(p) for name in net)), None)
+    if prefix is None:
+        raise UserError("the run has no encoder for timm: --to timm is for runs of MAE and DINO")
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in net.items() if name.startswith(prefix)}
+    options, config = dict(settings["backbone_args"]), FFNConfig(**settings["ffn"])
+    if prefix == ENCODERS[0]:
+        options = {**{k: v for k, v in options.items() if k != "global_pool"}, **untouched_tokens(settings["backbone"])}
+    name, size, channels = settings["backbone"], settings["image_size"], settings["channels"]
+    run: nn.Module = build_vit(name, config, size, channels, 0, **options)
+    run.load_state_dict(tensors)
+    mean = prefix == ENCODERS[0] and "global_pool" in options
+    if mean:
+        options |= MEAN_OF_PATCHES_EVA if isinstance(run, Eva) else MEAN_OF_PATCHES
+    options = {"num_classes": 0, "img_size": size, "in_chans": channels, **options}
+    written = timm.create_model(name, **options)
+    state = timm_state(run, written)
+    if state is None:
+        inject(written, config)
+        state = {key: value.contiguous().clone() for key, value in run.state_dict().items()}
+        call = 'import moa_lightning; timm.create_model("moa_vit", file=FILE)'
+    else:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        call = f'timm.create_model("{name}", checkpoint_path=FILE, {arguments})'
+    written.load_state_dict(state)
+    _check_same(run, written, mean, (1, channels, size, size))
+    about = {"backbone": name, "ffn": asdict(config), "options": options}
+    return Encoder(state, {"encoder": json.dumps(about)}, call)
+
+
+@torch.no_grad()
+def _check_same(run: Any, written: Any, mean: bool, shape: tuple[int, ...]) -> None:
+    """RuntimeError unless both nets give the same tokens and the same vector for an image of noise."""
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    tokens, found = (net.eval().forward_features(image) for net in (run, written))
+    vector = pooled(run, tokens) if mean else run(image)
+    for expected, ours in ((tokens, found), (vector, written(image))):
+        difference = float((ours - expected).norm() / expected.norm())
+        if not difference <= LARGEST:
+            raise RuntimeError(f"the exported encoder differs from the run's by {difference:.2g} of its features")
