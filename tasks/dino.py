@@ -5,21 +5,17 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.losses import DINOLoss, koleo_loss
 from moa_lightning.models import SelfDistillation
-from moa_lightning.models.attention import attention_maps
 from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule, total_norm
 
 from .base import Recompute, as_config
-from .vision import SelfSupervised, picture
+from .vision import SelfSupervised
 
-PICTURES = 8
 LONG_RUN = 10_000  # steps
 MOST_PROTOTYPES = 65536  # of the official recipe, for 1.28 million images
 
@@ -59,6 +55,8 @@ class DINO(SelfSupervised):
         clip_per_parameter: clip the gradient of each parameter to trainer.gradient_clip_val by itself, as the official
             code does, instead of all of them as one vector.
         final_weight_decay: weight decay at the end of the run, reached along a cosine; None: constant.
+        backbone_weights: file of weights of that timm model to start from (.safetensors, or .pth that holds tensors
+            only); sizes, channels and classes may differ. None: fresh weights.
         optimizer: AdamW or Muon, and the schedule.
         image_size: pixels of the global crops; None: the data's.
         channels: of the images; None: the data's.
@@ -88,6 +86,7 @@ class DINO(SelfSupervised):
         koleo_weight: float = 0.0,
         clip_per_parameter: bool = False,
         final_weight_decay: float | None = 0.4,
+        backbone_weights: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, weight_decay=0.04),  # noqa: B008
         image_size: int | None = None,
         channels: int | None = None,
@@ -116,6 +115,7 @@ class DINO(SelfSupervised):
             koleo_weight=koleo_weight,
             clip_per_parameter=clip_per_parameter,
             final_weight_decay=final_weight_decay,
+            backbone_weights=backbone_weights,
             optimizer=self.optimizer_config,
             image_size=image_size,
             channels=channels,
@@ -164,6 +164,7 @@ class DINO(SelfSupervised):
             h["norm_last_layer"],
             h["drop_path_rate"],
             seed,
+            self.start_weights(),
         )
 
     def watch_features(self) -> None:
@@ -241,22 +242,3 @@ class DINO(SelfSupervised):
     def flops_per_sample(self) -> float:
         student, teacher = self.net.flops_per_image(self.view_sizes)
         return 3.0 * student + teacher  # nothing goes back through the teacher
-
-    @torch.no_grad()
-    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Rows: the images, then where the teacher's last block looks, one row a head,
-        each map from its least (black) to its most (white)."""
-        images = batch["image"][:PICTURES]
-        with self.trainer.precision_plugin.forward_context():
-            attention = attention_maps(self.net, images)  # (B, heads, rows, columns)
-        if attention is None:
-            return {}
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        shown = [picture(images, data.mean, data.std)]
-        size = images.shape[-2:]
-        for head in attention.float().cpu().unbind(1):
-            least, most = head.amin((1, 2), keepdim=True), head.amax((1, 2), keepdim=True)
-            scaled = (head - least) / (most - least).clamp_min(1e-12)
-            maps = F.interpolate(scaled[:, None], size=size, mode="nearest")
-            shown.append(maps.expand(-1, 3, -1, -1))
-        return {"attention": make_grid(torch.cat(shown), nrow=len(images), padding=1, pad_value=1.0)}

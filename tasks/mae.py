@@ -6,19 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from torchvision.utils import make_grid
 
 from moa_lightning import FFNConfig
+from moa_lightning.evaluation.pictures import cells
 from moa_lightning.losses import masked_pixel_loss, unpatchify
 from moa_lightning.models import MaskedAutoencoder
 from moa_lightning.optim import OptimizerConfig
 from moa_lightning.random import uniform
 
 from .base import Recompute, as_config
-from .vision import SelfSupervised, picture
+from .vision import PICTURES, SelfSupervised, picture
 
 MASK_STREAM = 1  # separates the masks from other uses of a sample's seed
-PICTURES = 8
 
 
 class MAE(SelfSupervised):
@@ -32,6 +31,8 @@ class MAE(SelfSupervised):
         mask_ratio: share of patches hidden.
         normalize_pixels: predict pixels standardised per patch.
         decoder_dim, decoder_depth, decoder_heads: size of the decoder.
+        backbone_weights: file of weights of that timm model to start from (.safetensors, or .pth that holds tensors
+            only); sizes, channels and classes may differ. None: fresh weights.
         optimizer: AdamW or Muon, and the schedule.
         image_size: pixels; None: the data's.
         channels: of the images; None: the data's.
@@ -52,6 +53,7 @@ class MAE(SelfSupervised):
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
+        backbone_weights: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         image_size: int | None = None,
         channels: int | None = None,
@@ -73,6 +75,7 @@ class MAE(SelfSupervised):
             decoder_dim=decoder_dim,
             decoder_depth=decoder_depth,
             decoder_heads=decoder_heads,
+            backbone_weights=backbone_weights,
             optimizer=self.optimizer_config,
             image_size=image_size,
             channels=channels,
@@ -96,6 +99,7 @@ class MAE(SelfSupervised):
             h["decoder_depth"],
             h["decoder_heads"],
             seed,
+            self.start_weights(),
         )
 
     def watch_features(self) -> None:
@@ -141,7 +145,8 @@ class MAE(SelfSupervised):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Rows: what the encoder sees, the reconstruction (visible patches as given), the image."""
+        """Besides what all encoders show: what the encoder sees, the reconstruction (visible patches as given), the
+        image."""
         images, seeds = batch["image"][:PICTURES], batch["seed"][:PICTURES]
         with self.trainer.precision_plugin.forward_context():
             _, predicted, mask = self.reconstruct(images, seeds)
@@ -155,4 +160,4 @@ class MAE(SelfSupervised):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         grid = self.net.encoder.patch_embed.grid_size
         shown = [picture(unpatchify(row, self.net.patch_size, *grid), data.mean, data.std) for row in rows]
-        return {"reconstruction": make_grid(torch.cat(shown), nrow=len(images), padding=1, pad_value=1.0)}
+        return {"reconstruction": cells(shown), **super().pictures(batch)}

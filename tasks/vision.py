@@ -5,18 +5,24 @@ The data module's evaluation loaders are [bank, query]: labelled training images
 classify.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from moa_lightning.errors import UserError
 from moa_lightning.evaluation import FeatureSpectrum, KNNAccuracy
+from moa_lightning.evaluation.pictures import attention_rows, cells, framed, nearest, patch_colours, resized
 from moa_lightning.evaluation.token_classes import TokenClasses, patch_classes
+from moa_lightning.models.attention import look
 from moa_lightning.models.vit import is_plain
 
 from .base import Task
 
 BANK, QUERY = 0, 1
+PICTURES = 8
 
 
 class SelfSupervised(Task):
@@ -33,11 +39,27 @@ class SelfSupervised(Task):
         self.train_features: Tensor | None = None
         self.eval_features: Tensor | None = None
         self.spectrum = FeatureSpectrum()
+        self._bank_features: list[Tensor] = []  # of the last validation: (n, D) and (n,)
+        self._bank_ids: list[Tensor] = []
+        self.missing_weights: str | None = None
 
     def configure_model(self) -> None:
         if self.net is None:
             super().configure_model()
             self.watch_features()
+
+    def start_weights(self) -> str | None:
+        """The file that the backbone starts from. One that is gone is only noted: a checkpoint does not need it."""
+        file = self.hparams["backbone_weights"]
+        if file is not None and not Path(file).is_file():
+            self.missing_weights = file
+            return None
+        return file
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.global_step == 0 and self.missing_weights is not None:
+            raise UserError(f"backbone_weights '{self.missing_weights}' does not exist; give a file of weights")
 
     def watch_features(self) -> None:
         """Have the net leave `train_features` in every training step."""
@@ -66,6 +88,37 @@ class SelfSupervised(Task):
     def token_classes(self, batch: dict[str, Any]) -> TokenClasses | None:
         return token_classes(self.evaluated_backbone(), batch["image"], self.trainer.datamodule)  # type: ignore[attr-defined]
 
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Where the last block looks, a row a head; the patches as colours; the images of the bank that are nearest."""
+        backbone = self.evaluated_backbone()
+        if not is_plain(backbone):
+            return {}
+        images, data = batch["image"][:PICTURES], self.trainer.datamodule  # type: ignore[attr-defined]
+        with self.trainer.precision_plugin.forward_context():
+            seen = look(backbone, images, self.net.features)
+        shown, size = picture(images, data.mean, data.std), images.shape[-2:]
+        pictures = {"patches": cells([shown, patch_colours(seen.patches, size)])}
+        if seen.attention is not None:
+            pictures["attention"] = cells([shown, *attention_rows(seen.attention, size)])
+        if self._bank_ids:
+            pictures["neighbours"] = self._neighbours(shown, seen.features, batch["label"])
+        return pictures
+
+    def _neighbours(self, shown: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        """Rows: an image, then its nearest ones of this process's part of the bank, framed by whether the class is the
+        same."""
+        bank, ids = torch.cat(self._bank_features), torch.cat(self._bank_ids)
+        samples, rows = self.trainer.datamodule.splits["bank"], []  # type: ignore[attr-defined]
+        for image, label, found in zip(shown, labels.tolist(), nearest(features.cpu(), bank), strict=False):
+            near = [samples.sample(index, 0, 0) for index in ids[found].tolist()]
+            pixels = torch.stack([sample["views"][0] for sample in near]) / 255
+            classes = torch.tensor([sample["label"] for sample in near])
+            same = classes == label if label >= 0 else None
+            framed_ones = framed(pixels.expand(-1, 3, -1, -1), same)
+            rows.append(torch.cat([resized(image[None]), framed_ones]))
+        return cells(rows)
+
     def evaluated_backbone(self) -> Any:
         """The vision transformer whose features are judged."""
         raise TypeError(f"{type(self).__name__} does not name its backbone")
@@ -77,10 +130,17 @@ class SelfSupervised(Task):
         self.eval_features = features = self.features(batch["image"])
         if loader == QUERY:
             self.spectrum.update(features[batch["id"] >= 0])
+        if loader == BANK and self.trainer.state.fn == TrainerFn.FITTING:
+            counted = batch["id"] >= 0
+            self._bank_features.append(features[counted].float().cpu())
+            self._bank_ids.append(batch["id"][counted].cpu())
         if loader == BANK:
             self.knn.add_bank(features, batch["label"])
         else:
             self.knn.update(features, batch["label"])
+
+    def on_validation_epoch_start(self) -> None:
+        self._bank_features, self._bank_ids = [], []
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")

@@ -19,6 +19,12 @@ COUNTERS = ("step", "samples", "tokens", "flops", "seconds")
 PANELS = 3  # in a row
 MIXES = "mixing-"  # begins the names of pictures and samples about mixes
 PICTURES = 6  # shown of a run, the latest of each kind
+HOW_TO_READ = {
+    "reconstruction": "what the encoder sees, what the decoder makes of it, the image",
+    "attention": "the images, and where the last block looks, a row a head, the most in white",
+    "patches": "the images, and their patches by the first three principal components: like colours are like features",
+    "neighbours": "an image and its nearest training images, framed in green where the class is the same, else orange",
+}
 
 
 def run_report(folder: Path) -> Report:
@@ -49,9 +55,15 @@ def pictures(folder: Path, about: str = "") -> list[Picture]:
     """The latest picture of each kind: reconstructions, attention; about MIXES the curves of mixes."""
     latest = _latest(folder, "pictures/*.png", about)
     return [
-        Picture(path.stem, path.read_bytes(), "png", f"{name.replace('-', ' ')} at step {_step(path)}")
+        Picture(path.stem, path.read_bytes(), "png", caption(name, path))
         for name, path in list(latest.items())[:PICTURES]
     ]
+
+
+def caption(name: str, path: Path) -> str:
+    """What a picture is and, where the name is a known one, how to read it."""
+    text = f"{name.replace('-', ' ')} at step {_step(path)}"
+    return f"{text}: {HOW_TO_READ[name]}" if name in HOW_TO_READ else text
 
 
 def samples(folder: Path, about: str = "") -> list[Code]:

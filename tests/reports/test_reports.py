@@ -91,7 +91,15 @@ def test_a_run_that_goes_on_and_a_finished_one(moa: Moa, tmp_path: Path, monkeyp
     assert "MAE" in report.lead
     assert "finished" in report.lead
     page = Page(html.render(report))
-    for words_ in ("val/loss", "reconstruction at step 4", "mixing curves at step 4", "embed_dim", "torch 2", "sha256"):
+    for words_ in (
+        "val/loss",
+        "reconstruction at step 4",
+        "like colours are like features",
+        "mixing curves at step 4",
+        "embed_dim",
+        "torch 2",
+        "sha256",
+    ):
         assert words_ in page.text, words_
     curves = next(b for s in report.sections for b in s.blocks if isinstance(b, Picture) and b.name == "curves")
     ElementTree.fromstring(curves.content)

@@ -124,20 +124,47 @@ def test_language_writes_the_same_sample_every_time(trained) -> None:
     assert model.pictures({}) == {}
 
 
-@pytest.mark.parametrize(("kind", "name", "rows"), [("mae", "reconstruction", 3), ("dino", "attention", 1 + 2)])
-def test_pictures_are_rows_of_eight_images(trained, kind: str, name: str, rows: int) -> None:
+def cell(shown: torch.Tensor, row: int, column: int) -> torch.Tensor:
+    """The picture of 28 pixels in a cell of 84, of a grid with lines of two pixels: (3, 28, 28)."""
+    y, x = 2 + 86 * row, 2 + 86 * column
+    return shown[:, y : y + 84 : 3, x : x + 84 : 3]
+
+
+@pytest.mark.parametrize("kind", ["mae", "dino"])
+def test_pictures_are_rows_of_eight_images(trained, kind: str) -> None:
     model, _, _, batch = trained(kind)
     shown = model.pictures(batch)
-    assert shown.keys() == {name}
-    assert shown[name].shape == (3, rows * 29 + 1, 8 * 29 + 1)  # 28 pixels and a line
-    assert 0 <= float(shown[name].min()) < float(shown[name].max()) <= 1
+    rows = {"attention": 1 + 2, "patches": 2, "neighbours": 8, **({"reconstruction": 3} if kind == "mae" else {})}
+    assert shown.keys() == rows.keys()
+    for name, picture in shown.items():
+        columns = 1 + 5 if name == "neighbours" else 8
+        assert picture.shape == (3, rows[name] * 86 + 2, columns * 86 + 2)
+        assert 0 <= float(picture.min()) < float(picture.max()) <= 1
     assert model.texts() == {}
+
+
+@pytest.mark.parametrize("kind", ["mae", "dino"])
+def test_neighbours_are_the_nearest_images_of_the_bank(trained, kind: str) -> None:
+    model, module, _, batch = trained(kind)
+    with torch.no_grad():
+        bank = list(module.val_dataloader()[0])
+        features = F.normalize(torch.cat([model(b["image"]) for b in bank]), dim=1)
+        similarity = F.normalize(model(batch["image"][:8]), dim=1) @ features.T
+    images, labels = torch.cat([b["image"] for b in bank]), torch.cat([b["label"] for b in bank])
+    shown = model.pictures(batch)["neighbours"]
+    for row, found in enumerate(similarity.topk(5).indices):
+        for column, index in enumerate(found.tolist(), start=1):
+            expected = (images[index, 0] * module.std[0] + module.mean[0]).clamp(0, 1)
+            inside = cell(shown, row, column)[0, 2:-2, 2:-2]
+            assert torch.allclose(inside, expected[2:-2, 2:-2], atol=1e-5), (row, column)
+            green = cell(shown, row, column)[1, 0, 0] > cell(shown, row, column)[0, 0, 0]
+            assert bool(green) == bool(labels[index] == batch["label"][row])
 
 
 def test_a_reconstruction_shows_the_image_below_and_what_was_visible_above(trained) -> None:
     model, module, _, batch = trained("mae")
     shown = model.pictures(batch)["reconstruction"]
-    rows = [shown[0, 1 + 29 * row : 29 * row + 29, 1:29] for row in range(3)]
+    rows = [cell(shown, row, 0)[0] for row in range(3)]
     image = batch["image"][0, 0] * module.std[0] + module.mean[0]
     assert torch.allclose(rows[2], image.clamp(0, 1), atol=1e-5)
     _, mask, _ = random_mask(uniform(batch["seed"][:1], 16, 1), 0.75)
