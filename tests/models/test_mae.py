@@ -1,6 +1,7 @@
 """The masked autoencoder on every family that can leave patches out: what the encoder sees, gradients, costs."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from moa_lightning.models import MaskedAutoencoder
 from moa_lightning.models.mae import random_mask
 from tests.models.families import FAMILIES, IMAGE, NOT_PLAIN, PATCHES, SMALL, images
 from tests.models.nets import FFNS, assert_same_where_shapes_agree, counted_flops, fragment, shake, start
-from tests.official import needs_official, official
+from tests.official import EXACT, needs_official, official
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -32,6 +33,46 @@ def test_masks_from_noise_are_the_official_ones() -> None:
     assert torch.equal(mask, official("mae_mask_from_noise"))
     assert torch.equal(restore, official("mae_ids_restore"))
     assert torch.equal(official("mae_x").gather(1, kept[:, :, None].expand(-1, -1, 6)), official("mae_x_kept"))
+
+
+def wave(shape: tuple[int, ...]) -> torch.Tensor:
+    """Numbers that any program can fill a tensor with."""
+    count = math.prod(shape)
+    return (0.2 * torch.cos(0.37 * torch.arange(count, dtype=torch.float64) ** 1.1 + count)).view(shape)
+
+
+OFFICIAL_GRADIENTS = {
+    "encoder.cls_token": 4.176528523905253e-06,
+    "encoder.patch_embed.proj.weight": 8.59715765440927e-06,
+    "encoder.blocks.0.attn.qkv.weight": 3.819330914850559e-05,
+    "encoder.blocks.1.mlp.up_proj.weight": 3.615935237842628e-05,
+    "encoder.norm.weight": 0.0001405007147608573,
+    "decoder.mask_token": 0.009728534230739033,
+    "decoder.embed.weight": 0.0003804174836601106,
+    "decoder.blocks.1.mlp.down_proj.bias": 0.010603807944960162,
+    "decoder.norm.weight": 0.10664770511357517,
+    "decoder.pred.weight": 0.053197774691119366,
+}
+"""norms, of facebookresearch/mae's MaskedAutoencoderViT (commit efb2a80, timm 1.0.31) in float64"""
+
+
+def test_the_whole_net_is_the_official_one() -> None:
+    """Same sizes, every parameter but the positions filled with `wave`, the same images and noise."""
+    net = mae(channels=3).double()
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data = wave(parameter.shape)
+    given = ((torch.arange(32) * 7919) % 9973 / 9973).view(2, 16)
+    pixels = wave((2, 3, IMAGE, IMAGE))
+    predicted, mask = net(pixels, given)
+    loss = masked_pixel_loss(predicted, net.patchify(pixels), mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0142616744660886, rel=EXACT)
+    assert predicted.norm().item() == pytest.approx(7.787496159752473, rel=EXACT)
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    assert torch.nn.utils.get_total_norm(gradients.values()).item() == pytest.approx(0.16611855363414135, rel=EXACT)
+    for name, norm in OFFICIAL_GRADIENTS.items():
+        assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-8), name
 
 
 @pytest.mark.parametrize(("ratio", "keep"), [(0.75, 4), (0.5, 8), (0.9, 1), (0.74, 4)])
@@ -60,6 +101,32 @@ def test_gradient_reaches_every_parameter_of_every_ffn(ffn: str) -> None:
     predicted, mask = net(images(channels=1), noise())
     masked_pixel_loss(predicted, net.patchify(images(channels=1)), mask).backward()
     assert not [n for n, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [("moa_gated_both", "gelu"), ("gelu", "la"), ("la", "swiglu")])
+def test_encoder_and_decoder_have_layers_of_their_own(encoder: str, decoder: str) -> None:
+    sizes = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
+    net = shake(
+        MaskedAutoencoder(FAMILIES[0], SMALL, fragment(encoder), fragment(decoder), IMAGE, 1, **sizes), scale=0.1
+    )
+    assert {block.mlp.config for block in net.encoder.blocks} == {fragment(encoder)}
+    assert {block.mlp.config for block in net.decoder.blocks} == {fragment(decoder)}
+    predicted, mask = net(images(channels=1), noise())
+    masked_pixel_loss(predicted, net.patchify(images(channels=1)), mask).backward()
+    assert not [n for n, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+
+
+@pytest.mark.parametrize(("size", "patch", "channels"), [(16, 8, 1), (24, 4, 3), (20, 2, 1)])
+def test_other_sizes_patches_and_channels(size: int, patch: int, channels: int) -> None:
+    sizes = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "mask_ratio": 0.5}
+    layer = fragment("gelu")
+    net = MaskedAutoencoder(FAMILIES[0], {**SMALL, "patch_size": patch}, layer, layer, size, channels, **sizes)
+    count = (size // patch) ** 2
+    pixels = images(2, channels, size)
+    predicted, mask = net(pixels, noise(2, count))
+    assert predicted.shape == net.patchify(pixels).shape == (2, count, patch**2 * channels)
+    assert mask.sum(1).tolist() == [count - int(count * 0.5)] * 2
+    assert net.features(pixels).shape == (2, 48)
 
 
 @every_family
