@@ -48,7 +48,7 @@ what is trained (--model.*)
   --model.ffn.mixing KIND         fixed, la (a learned mix), moa (a mix gated per token)
   --model.ffn.gate NAME           sigmoid, softmax, tanh
   --model.backbone NAME           timm vision transformer (MAE, DINO, ImageClassification)
-  --model.weights FILE            what ImageClassification starts from: a checkpoint of MAE or DINO, or timm's weights
+  --model.backbone_weights FILE   what ImageClassification starts from: a checkpoint of MAE or DINO, or timm's weights
   --model.optimizer.lr RATE       peak learning rate
   --model.compile true            compile the blocks (pays off in runs of more than a few minutes)
 

@@ -37,7 +37,7 @@ class ImageClassification(Task):
         backbone: timm model name.
         backbone_args: options for timm (embed_dim, depth, num_heads, patch_size, ...).
         ffn: feed-forward layers; LA and MoA may start from weights with a fixed activation.
-        weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa export wrote,
+        backbone_weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa export wrote,
             or a file of timm's, MAE's or DINO's own weights. None: from scratch.
         pool: what the head reads: "avg" (mean over patches, as MAE fine-tunes) or "token" (class token).
         drop_path_rate: at the last block, rising linearly over the blocks.
@@ -64,7 +64,7 @@ class ImageClassification(Task):
         backbone: str = "vit_base_patch16_224",
         backbone_args: dict[str, Any] | None = None,
         ffn: FFNConfig = FFNConfig(),  # noqa: B008 - frozen
-        weights: str | None = None,
+        backbone_weights: str | None = None,
         pool: Literal["avg", "token"] = "avg",
         drop_path_rate: float = 0.1,
         layer_decay: float = 0.65,
@@ -88,7 +88,7 @@ class ImageClassification(Task):
             backbone=backbone,
             backbone_args=backbone_args or {},
             ffn=self.ffn,
-            weights=weights,
+            backbone_weights=backbone_weights,
             pool=pool,
             drop_path_rate=drop_path_rate,
             layer_decay=layer_decay,
@@ -121,8 +121,8 @@ class ImageClassification(Task):
             h["drop_path_rate"],
             seed,
         )
-        if h["weights"] is not None and Path(h["weights"]).exists():
-            load_encoder(net.vit, h["weights"])
+        if h["backbone_weights"] is not None and Path(h["backbone_weights"]).exists():
+            load_encoder(net.vit, h["backbone_weights"])
         return net
 
     def configure_model(self) -> None:
@@ -145,9 +145,9 @@ class ImageClassification(Task):
                 f"ImageClassification trains on labels, and {count} training images have none, the first of them image "
                 f"{first}: give labelled data"
             )
-        weights = self.hparams["weights"]
+        weights = self.hparams["backbone_weights"]
         if self.global_step == 0 and weights is not None and not Path(weights).exists():
-            raise UserError(f"model.weights: there is no '{weights}'; name a checkpoint or a file of weights")
+            raise UserError(f"model.backbone_weights: there is no '{weights}'; name a checkpoint or a file of weights")
 
     def learning_rates(self) -> dict[str, float] | None:
         decay = self.hparams["layer_decay"]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 Scaling: TypeAlias = Literal["each", "all"]
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 SCALINGS: tuple[Scaling, ...] = ("each", "all")
 MOMENTUM, BATCH, EPS = 0.9, 256, 1e-6
 STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 10_000, 10, 100  # DINOv2 trains 10 epochs of ImageNet, DINO 100, MAE 90

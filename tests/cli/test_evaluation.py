@@ -55,7 +55,7 @@ def test_a_run_is_probed_and_fine_tuned(moa: Moa) -> None:
 
     tuned = moa(
         f"fit -c configs/vision/finetune_tiny.yaml -c configs/data/mnist5k.yaml -c configs/trainer/cpu.yaml "
-        f"--model.weights {last} --model.backbone_args.depth 1 --data.batch_size 8 --data.max_val_samples 8 "
+        f"--model.backbone_weights {last} --model.backbone_args.depth 1 --data.batch_size 8 --data.max_val_samples 8 "
         "--trainer.max_steps 2 --run_dir tuned"
     )
     assert (tuned.code, tuned.err) == (0, "")
@@ -68,6 +68,8 @@ def test_a_fine_tuning_with_mistakes_says_them(moa: Moa) -> None:
     text = moa("fit --model ImageClassification -c configs/data/stdlib.yaml --trainer.max_steps 1")
     assert text.code == 2
     assert "trains on images" in text.err
-    missing = moa(f"fit {vision} -c configs/data/mnist5k.yaml --model.weights nowhere.ckpt --trainer.max_steps 1")
+    missing = moa(
+        f"fit {vision} -c configs/data/mnist5k.yaml --model.backbone_weights nowhere.ckpt --trainer.max_steps 1"
+    )
     assert (missing.code, missing.err.count("\n")) == (2, 1)
     assert "nowhere.ckpt" in missing.err

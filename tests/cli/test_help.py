@@ -16,7 +16,7 @@ from tests.cli.conftest import Moa
 @pytest.mark.parametrize("command", COMMAND_HELP)
 def test_every_option_of_the_help_exists(command: str) -> None:
     known: set[str] = {"help", "config"}
-    for model, data in (("MAE", "Images"), ("LanguageModeling", "TextFiles")):
+    for model, data in (("MAE", "Images"), ("ImageClassification", "Images"), ("LanguageModeling", "TextFiles")):
         config = {"model": {"class_path": model}, "data": {"class_path": data}}
         known |= set(Tree(option_roots(command), config, [], DEFAULT_CLASSES).keys())
     named = set(re.findall(r"--([a-z_][\w.]*\w)", COMMAND_HELP[command])) - {"model.help", "data.help", "option"}

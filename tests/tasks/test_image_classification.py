@@ -151,7 +151,7 @@ def test_it_starts_from_a_run_and_goes_on_without_it(kind: str, tmp_path: Path) 
     run.fit(pretrained, datamodule=data_for(kind, tmp_path))
     path = tmp_path / "pretrained.ckpt"
     run.save_checkpoint(path)
-    model = classification("moa", weights=str(path), **PLAIN)  # a fixed activation goes on as MoA
+    model = classification("moa", backbone_weights=str(path), **PLAIN)  # a fixed activation goes on as MoA
     run = trainer(1, tmp_path, limit_train_batches=0, limit_val_batches=0)
     run.fit(model, datamodule=digits())
     start, encoder = model.net.vit.state_dict(), pretrained.evaluated_backbone().state_dict()
@@ -161,8 +161,8 @@ def test_it_starts_from_a_run_and_goes_on_without_it(kind: str, tmp_path: Path) 
     run.save_checkpoint(tmp_path / "tuned.ckpt")
     path.unlink()
     ImageClassification.load_from_checkpoint(tmp_path / "tuned.ckpt", weights_only=True).configure_model()
-    with pytest.raises(UserError, match=r"model\.weights: there is no .*pretrained\.ckpt"):
-        trainer(1, tmp_path).fit(classification(weights=str(path)), datamodule=digits())
+    with pytest.raises(UserError, match=r"model\.backbone_weights: there is no .*pretrained\.ckpt"):
+        trainer(1, tmp_path).fit(classification(backbone_weights=str(path)), datamodule=digits())
 
 
 def test_a_resumed_run_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
