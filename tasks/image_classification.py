@@ -37,8 +37,8 @@ class ImageClassification(Task):
         backbone: timm model name.
         backbone_args: options for timm (embed_dim, depth, num_heads, patch_size, ...).
         ffn: feed-forward layers; LA and MoA may start from weights with a fixed activation.
-        backbone_weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa export wrote,
-            or a file of timm's, MAE's or DINO's own weights. None: from scratch.
+        backbone_weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa
+            export wrote, or a file of timm's, MAE's or DINO's own weights. None: from scratch.
         pool: what the head reads: "avg" (mean over patches, as MAE fine-tunes) or "token" (class token).
         drop_path_rate: at the last block, rising linearly over the blocks.
         layer_decay: each layer learns at this share of the rate of the layer above; 1: all alike.

@@ -63,7 +63,7 @@ REQUIRED = {
 }
 
 
-@pytest.mark.parametrize(("task", "data"), [*each_once("vision"), *each_once("language")])
+@pytest.mark.parametrize(("task", "data"), PAIRS)
 def test_values_of_task_and_data_fragments_have_the_types_of_the_code(moa: Moa, task: str, data: str) -> None:
     options = REQUIRED.get(Path(data).stem, "")
     outcome = moa(f"fit -c {task} -c {data} -c configs/trainer/cpu.yaml {options} --print_config")

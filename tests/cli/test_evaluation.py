@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moa_lightning.optim import OptimizerConfig
 from tests.cli.conftest import MAE, Moa
 
-DATA = "-c configs/data/image_folder.yaml --data.source x -c configs/trainer/cpu.yaml"
+DATA = "-c configs/data/imagenet_folder.yaml --data.source x -c configs/trainer/cpu.yaml"
 
 
 def test_the_fine_tuning_of_vit_b_is_the_official_one(moa: Moa) -> None:
@@ -29,9 +30,10 @@ def test_the_fine_tuning_of_vit_b_is_the_official_one(moa: Moa) -> None:
     optimizer = model["init_args"]["optimizer"]
     batch = images["init_args"]["batch_size"]
     assert batch == 32 * 32
-    assert optimizer["lr"] == pytest.approx(5e-4 * batch / 256)
-    assert optimizer["warmup_steps"] == 5 * (1_281_167 // batch)
-    assert optimizer["lr"] * optimizer["final_lr_factor"] == pytest.approx(1e-6)
+    run = OptimizerConfig(**optimizer).of_run(batch, 100 * (1_281_167 // batch))
+    assert run.lr == pytest.approx(5e-4 * batch / 256)
+    assert run.warmup_steps == 5 * (1_281_167 // batch)
+    assert run.lr * run.final_lr_factor == pytest.approx(1e-6)
     assert (optimizer["name"], optimizer["schedule"], optimizer["weight_decay"]) == ("adamw", "cosine", 0.05)
     assert (optimizer["betas"], optimizer["eps"]) == ([0.9, 0.999], 1e-8)
     assert (trainer["max_epochs"], trainer["gradient_clip_val"]) == (100, None)
