@@ -1,18 +1,23 @@
 """What a grid is made of: tasks x axes x variants x seeds, and the `moa fit` command that each combination stands for.
 
 A run's fingerprint holds what decides its result (the options and the parsed content of its config files, so that a
-comment may change) and leaves out where it is stored, so that a finished grid may be moved. Which runs a grid comes to
+comment may change) and leaves out where it is stored, so that a finished grid may be moved. An option may name another
+run of the grid, {run:variant}, and begins after it. Which runs a grid comes to
 is partly decided by the results of others (tuned options, number of seeds): see schedule.py. Grid files are read by
 grid_file.py.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moa_lightning.run_folder import CHECKPOINTS, LAST
+
+SEED = "{seed}"  # in an option: the seed of the run
+OTHER_RUN = re.compile(r"\{run:([^{}]*)\}")  # in an option: the folder of another run with the same seed
 
 
 class Config(NamedTuple):
@@ -130,6 +135,8 @@ class Run:
     """of a tuning run: the values that it tries, such as lr=0.002"""
     test_metric: str | None = None
     """what it must report on the test split"""
+    needs: tuple[tuple[str, Path], ...] = ()
+    """placeholder in the options -> folder of the run that it means, which must have finished before"""
 
     @property
     def name(self) -> str:
@@ -148,8 +155,15 @@ class Run:
     def config_arguments(self) -> list[str]:
         """Config files, seed and options."""
         configs = [word for config in self.configs for word in ("-c", str(config.path))]
-        options = [f"--{option}={value}" for option, value in self.options]  # "=": a value may start with a dash
+        options = [f"--{option}={self._filled(value)}" for option, value in self.options]  # a value may start with -
         return [*configs, "--seed_everything", str(self.seed), *options]
+
+    def _filled(self, value: str) -> str:
+        """A value with the seed and the folders of other runs in the place of its placeholders."""
+        value = value.replace(SEED, str(self.seed))
+        for placeholder, folder in self.needs:
+            value = value.replace(placeholder, str(folder))
+        return value
 
     def fingerprint(self) -> dict[str, str]:
         """What decides the result, by part: order of the fragments, content of each, options, seed."""
@@ -207,14 +221,23 @@ class Grid:
             setting: what a tuning run tries, None for a final run.
         """
         parts = ("tune", setting, f"seed{seed}") if setting else (f"seed{seed}",)
+        options = {**self.overrides, **task.overrides, **variant.overrides, **more}
+        named = dict.fromkeys(name for value in options.values() for name in OTHER_RUN.findall(value))
         return Run(
             task=task.name,
             variant=variant.name,
             seed=seed,
             folder=self.out.joinpath(task.name, variant.name, *parts),
             configs=task.configs + variant.configs,
-            options=tuple({**self.overrides, **task.overrides, **variant.overrides, **more}.items()),
+            options=tuple(options.items()),
             metric=task.metric,
             setting=setting,
             test_metric=None if setting else task.test_metric,
+            needs=tuple((f"{{run:{name}}}", self.out.joinpath(*_path(name, task.name), *parts)) for name in named),
         )
+
+
+def _path(name: str, task: str) -> tuple[str, str]:
+    """Task and variant that a placeholder names: {run:variant} of the same task, or {run:task/variant}."""
+    other, slash, variant = name.rpartition("/")
+    return (other if slash else task), variant

@@ -17,6 +17,7 @@ import yaml
 from moa_lightning.configs import parse_yaml
 from moa_lightning.errors import UserError
 from moa_lightning.experiments.grid import (
+    OTHER_RUN,
     Budget,
     Cluster,
     Config,
@@ -104,8 +105,26 @@ def _check(grid: Grid, where: str) -> None:
             set_twice = [option for option in BUDGET_OPTIONS if option in options]
             if task.budget is not None and set_twice:
                 raise UserError(f"task {task.name} has a budget and the option {set_twice[0]}; remove one of them.")
+            _check_other_runs(grid, task, variant, options)
             if clash := sorted(set(task.tune) & set(variant.overrides)):
                 raise UserError(f"variant {variant.name} sets {clash[0]}, which is tuned; remove it from one place.")
+
+
+def _check_other_runs(grid: Grid, task: GridTask, variant: GridVariant, options: Mapping[str, str]) -> None:
+    """What {run:variant} and {run:task/variant} name must come before the one that names it: no run waits for ever."""
+    tasks, variants = [task.name for task in grid.tasks], [variant.name for variant in grid.variants]
+    before = tasks[: tasks.index(task.name)], variants[: variants.index(variant.name)]
+    for option, value in options.items():
+        for name in OTHER_RUN.findall(value):
+            other, slash, run = name.rpartition("/")
+            known = other in before[0] and run in variants if slash else run in before[1]
+            if not known:
+                raise UserError(
+                    f"variant {variant.name}: {option} is {value}, but '{name}' is neither a variant listed before it "
+                    "nor task/variant of a task listed before (one of an axis is called task-value); correct it."
+                )
+            if slash and task.tune:
+                raise UserError(f"task {task.name} is tuned, so {option} cannot name a run of another task: {value}.")
 
 
 def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:

@@ -129,14 +129,14 @@ class _Work:
         failures: list[Failure] = []
         under_way: list[Run] = []
         try:
-            under_way = self.executor.adopt(self.waiting([], failures))
+            under_way = self.executor.adopt(self.ready(self.waiting([], failures)))
             for run in under_way:
                 self.progress.started(run, resumed=True)
             while True:
-                waiting = self.waiting(under_way, failures)
+                waiting = self.ready(self.waiting(under_way, failures))
                 self.progress.ahead(waiting, self.schedule.total() - len(self.finished))
                 if not waiting and not under_way:
-                    return failures
+                    return [*failures, *self.left(failures)]
                 under_way += self.start(waiting[: max(0, self.executor.room())])
                 for ended in self.executor.wait() if under_way else []:
                     under_way.remove(ended.run)
@@ -152,6 +152,21 @@ class _Work:
         """The runs that are known, and neither begun nor ended."""
         passed = {*self.finished, *under_way, *(failure.run for failure in failures)}
         return [run for run in self.schedule.runs() if run not in passed]
+
+    def ready(self, runs: Sequence[Run]) -> list[Run]:
+        """Those whose options name no run that has not finished."""
+        done = {run.folder for run in self.finished}
+        return [run for run in runs if all(folder in done for _, folder in run.needs)]
+
+    def left(self, failures: Sequence[Failure]) -> list[Failure]:
+        """The runs that cannot begin, because one that they name has failed."""
+        done = {run.folder for run in self.finished}
+        missing = {
+            run: next(folder for _, folder in run.needs if folder not in done) for run in self.waiting([], failures)
+        }
+        return [
+            Failure(run, f"not begun: it needs {folder}, which has not finished") for run, folder in missing.items()
+        ]
 
     def start(self, runs: Sequence[Run]) -> list[Run]:
         """Start runs; returns those that are under way, without those that a changed choice has found finished."""

@@ -3,7 +3,8 @@
 The "loss" is a formula of step, seed and the config's `quality`, so that an interrupted and continued grid must end
 with the very numbers of an uninterrupted one. As a script it is `moa ablate` with this fit: `python fake_moa.py
 GRID.yaml ...`. Options: --steps, --step_seconds, --journal FILE (a line for each start), --fail MESSAGE, --die true,
---silent true, --diverge true, --rate R (the best is the config's `best_rate`).
+--silent true, --diverge true, --after FOLDER (fails unless a run has finished there), --rate R (the best is the
+config's `best_rate`).
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     for option, kind in (("--seed_everything", int), ("--steps", int), ("--step_seconds", float)):
         parser.add_argument(option, type=kind, default=0)
     parser.add_argument("--rate", type=float)
-    for option in ("--fail", "--die", "--silent", "--ckpt_path", "--diverge"):
+    for option in ("--fail", "--die", "--silent", "--ckpt_path", "--diverge", "--after"):
         parser.add_argument(option, default="")
     options = parser.parse_args(arguments)
     if options.command == "test":
@@ -65,6 +66,8 @@ def main(arguments: list[str]) -> int:
     if options.diverge:
         print("moa: the gradient was not finite")
         return Diverged.exit_code
+    if options.after and not (Path(options.after) / "result.json").is_file():
+        raise RuntimeError(f"{options.after} has not finished")
     quality, too_far = config.get("quality", 0.0), 0.0
     if options.rate is not None:
         too_far = math.log(options.rate / config.get("best_rate", 0.01))

@@ -191,3 +191,29 @@ def test_options_of_the_command(ablate: Ablate, make_grid: MakeGrid, tmp_path: P
     assert "No finished run" in empty.output
     for words in (("--seeds", "0,x"), ("--jobs", "0")):
         assert ablate(path, *words).status == 2
+
+
+def test_runs_that_name_others_wait_for_them(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    chain = {
+        "gelu": {},
+        "la": {"overrides": {"after": "{run:gelu}"}},
+        "moa": {"overrides": {"after": "{run:la}"}},
+        "other": {},
+    }
+    done = ablate(make_grid(tasks={"t": task}, variants=chain, seeds=[0, 1], jobs=3))
+    assert done.status == 0, done.output
+    starts = [line.split()[0] for line in begun(tmp_path)]
+    assert sorted(starts) == sorted(f"t/{name}/seed{seed}" for name in chain for seed in (0, 1))
+    for seed in (0, 1):
+        order = [starts.index(f"t/{name}/seed{seed}") for name in ("gelu", "la", "moa")]
+        assert order == sorted(order)
+
+
+def test_runs_that_name_a_failed_one_are_not_begun(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    chain = {"gelu": {}, "la": {"overrides": {"fail": "no"}}, "moa": {"overrides": {"after": "{run:la}"}}}
+    done = ablate(make_grid(tasks={"t": task}, variants=chain, seeds=[0]))
+    assert done.status == 1
+    assert "not begun: it needs" in done.output
+    assert [line.split()[0] for line in begun(tmp_path)] == ["t/gelu/seed0", "t/la/seed0"]

@@ -124,3 +124,29 @@ def test_a_grid_imports_only_what_the_command_line_names(make_grid: MakeGrid) ->
     with pytest.raises(UserError, match="imports 'mine', which runs its code; if you trust it, add --import mine"):
         ablate_command([str(path), "--dry-run"], find)
     assert ablate_command([str(path), "--dry-run", "--import", "mine"], find) == 0
+
+
+def test_options_may_name_the_seed_and_the_folder_of_a_run_before(make_grid: MakeGrid, tmp_path: Path) -> None:
+    variants = {"gelu": {}, "la": {"overrides": {"start": "{run:gelu}", "split": "s{seed}"}}}
+    path = make_grid(variants=variants, seeds=[3])
+    run = runs(path)[1]
+    assert f"--start={tmp_path}/out/language/gelu/seed3" in run.arguments()
+    assert "--split=s3" in run.arguments()
+    assert run.fingerprint()["start"] == "{run:gelu}"  # a finished grid may be moved
+
+
+@pytest.mark.parametrize("name", ["la", "moa", "gelo", "mae/gelu", "language/gelu"])
+def test_a_run_names_only_runs_before_it(make_grid: MakeGrid, name: str) -> None:
+    variants = {"gelu": {}, "la": {"overrides": {"start": f"{{run:{name}}}"}}, "moa": {}}
+    with pytest.raises(UserError, match=f"start is .*'{name}' is neither a variant listed before"):
+        runs(make_grid(variants=variants))
+
+
+def test_a_run_of_another_task(make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": str(tmp_path / "task.yaml"), "metric": "val/loss", "mode": "min"}
+    tasks = {"first": task, "second": {**task, "overrides": {"start": "{run:first/gelu}"}}}
+    found = runs(make_grid(tasks=tasks, variants={"gelu": {}, "la": {}}, seeds=[0]))
+    assert [run.needs for run in found[2:]] == 2 * [(("{run:first/gelu}", tmp_path / "out/first/gelu/seed0"),)]
+    tasks["second"]["tune"] = {"rate": [1, 2]}
+    with pytest.raises(UserError, match="task second is tuned, so start cannot name a run of another task"):
+        runs(make_grid(tasks=tasks, variants={"gelu": {}}, seeds=[0], tune={"seeds": [9]}))
