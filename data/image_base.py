@@ -19,8 +19,10 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import grayscale_to_rgb, rgb_to_grayscale
 
 from data.base import EVAL_SEED, DataModule, Loader, Samples
+from data.corruptions import Corrupted, corruption_names
 from data.faults import BadSample
 from data.shards import UNLABELLED
+from data.subsets import check_counts, describe_little, little_data
 from data.transforms import SingleView, Transform, View, plain_view, seeded
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
@@ -178,6 +180,13 @@ class ImageModule(DataModule):
         bank_size: at most so many training images for nearest-neighbour and linear evaluation; None takes all.
         max_val_samples: validate on at most so many images; None takes all.
         crop_ratio: in evaluation the shorter side is resized to image_size / crop_ratio and the centre is cropped.
+        per_class: train on so many labelled images of each class; None takes all. The bank is taken from them.
+        imbalance: the largest class over the smallest, with counts that fall geometrically from class 0 to the last.
+        split_seed: of that choice and, in packaged sets, of the splits; apart from `seed`, so that runs with other
+            seeds stay comparable.
+        corruption: what held-out images suffer in evaluation: the name of a corruption, or noise, blur, weather,
+            digital, shift or all, of which each image draws one; None: nothing. The bank stays clean.
+        severity: of the corruption, 1 to 5.
         options: `DataModule`'s.
     """
 
@@ -192,9 +201,15 @@ class ImageModule(DataModule):
         bank_size: int | None = 4096,
         max_val_samples: int | None = None,
         crop_ratio: float = 1.0,
+        per_class: int | None = None,
+        imbalance: float = 1.0,
+        split_seed: int = 0,
+        corruption: str | None = None,
+        severity: int = 3,
         **options: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, **options)
+        check_counts(per_class, imbalance)
         if channels not in (1, 3):
             raise UserError(f"channels is {channels} but must be 1 (grey) or 3 (RGB)")
         if min(image_size, 1 if bank_size is None else bank_size, max_val_samples or 1) < 1 or not 0 < crop_ratio <= 1:
@@ -208,6 +223,10 @@ class ImageModule(DataModule):
         self.transform = transform or SingleView()
         self.bank_size, self.max_val_samples = bank_size, max_val_samples
         self.crop_ratio = crop_ratio
+        self.per_class, self.imbalance, self.split_seed = per_class, imbalance, split_seed
+        self.corruption, self.severity = corruption, severity
+        self.corruptions = corruption_names(corruption, severity) if corruption else ()
+        self.training_images: str | None = None  # which of them are kept, in words
         self.mean, self.std = tuple(mean), tuple(std)
         self.class_names: list[str] | None = None
         self.images_to_predict: LabelledImages | None = None
@@ -221,22 +240,28 @@ class ImageModule(DataModule):
         data = self.read()
         highest = max(int(part.labels.max()) for part in data.values())
         self.num_classes = highest + 1 if highest >= 0 else None
+        if self.per_class is not None or self.imbalance != 1:
+            how = (self.per_class, self.imbalance, self.split_seed)
+            data["train"] = data["train"].take(little_data(data["train"].labels, *how))
+            self.training_images = describe_little(data["train"].labels, *how)
         splits: dict[str, Samples] = {"train": self._samples(data["train"], training=True)}
         splits["bank"] = self._samples(self._choose(data["train"], self.bank_size, "bank"))
         if "val" in data:
-            splits["val"] = self._samples(self._choose(data["val"], self.max_val_samples, "val"))
+            splits["val"] = self._samples(self._choose(data["val"], self.max_val_samples, "val"), held_out=True)
         if "test" in data:
-            splits["test"] = self._samples(data["test"])
+            splits["test"] = self._samples(data["test"], held_out=True)
         if self.on_bad_sample == "raise":
             for part in data.values():
                 part.images[0]  # an unreadable set should stop here, not in a worker
         return splits
 
-    def _samples(self, data: LabelledImages, training: bool = False) -> ImageSamples:
+    def _samples(self, data: LabelledImages, training: bool = False, held_out: bool = False) -> ImageSamples:
         if training:
             transforms = self.transform.build(self.image_size)
         else:
             transforms = [plain_view(self.image_size, self.crop_ratio)]
+        if held_out and self.corruptions:
+            transforms = [Corrupted(view, self.corruptions, self.severity) for view in transforms]
         return ImageSamples(data, transforms, training, self.mean, self.std, self.seed if training else EVAL_SEED)
 
     def _choose(self, data: LabelledImages, limit: int | None, name: str) -> LabelledImages:
@@ -285,8 +310,12 @@ class ImageModule(DataModule):
         return [*bank, self.eval_loader(split)]
 
     def describe(self) -> dict[str, str | int]:
+        chosen = {"training_images": self.training_images} if self.training_images else {}
+        held_out = {"corruption": f"{self.corruption}, severity {self.severity}"} if self.corruption else {}
         return {
             **super().describe(),
+            **chosen,
+            **held_out,
             "bank_samples": self._size("bank"),
             "image_size": self.image_size,
             "channels": self.channels,

@@ -20,7 +20,6 @@ class Images(ImageModule):
         val_fraction: share of the images for validation where the source has no such split.
         test_fraction: the same for testing.
         mean, std: of each channel in [0, 1]; None: known statistics of the source, ImageNet's for a folder.
-        split_seed: of the split of the packaged sets; apart from `seed`, so that runs with other seeds stay comparable.
         options: `ImageModule`'s.
 
     Raises:
@@ -38,7 +37,6 @@ class Images(ImageModule):
         test_fraction: float = 0.15,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
-        split_seed: int = 0,
         **options: Any,
     ) -> None:
         traits = TRAITS.get(source, FOLDER_TRAITS)
@@ -52,7 +50,7 @@ class Images(ImageModule):
             **options,
         )
         check_fractions(val_fraction, test_fraction)
-        self.source, self.root, self.download, self.split_seed = source, root, download, split_seed
+        self.source, self.root, self.download = source, root, download
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self._described: dict[str, str | int] = {}
 

@@ -116,7 +116,10 @@ def describe_data(facts: dict[str, Any]) -> str:
     """One line of what a data module says about itself."""
     name, source = facts.get("data", "data"), facts.get("source", "")
     splits = [f"{facts[f'{split}_samples']:,} {split}" for split in ("train", "val", "test")]
-    return f"{name} {source}: {', '.join(splits)} samples, sha256 {str(facts.get('sha256', 'unknown'))[:12]}"
+    kept = f", training on {facts['training_images']}" if "training_images" in facts else ""
+    held_out = f", held-out images under {facts['corruption']}" if "corruption" in facts else ""
+    sha256 = str(facts.get("sha256", "unknown"))[:12]
+    return f"{name} {source}: {', '.join(splits)} samples{kept}{held_out}, sha256 {sha256}"
 
 
 def describe_length(trainer: L.Trainer, batch_size: int) -> str:
