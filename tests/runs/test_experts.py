@@ -80,7 +80,7 @@ def test_the_biases_move(found, kind):
 
 
 def test_fsdp_shards_the_experts(found):
-    """Half of every parameter and of the optimiser's state lies on each process; a class token and ten rows of a head do not divide evenly."""
+    """Half of every parameter and of the optimiser's state lies on each process; a class token does not divide."""
     for rank in found("fsdp"):
         for name in EXPERTS:
             most = 0.54 if name == CLASSIFICATION else 0.52
