@@ -37,6 +37,8 @@ class MultipleChoice(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(pl_module, "nll"):
             raise UserError("--choices are questions to a language model, and this run is on images; leave it out")
+        if stage in ("fit", "validate") and "val" not in data.splits:
+            raise UserError("--choices are answered at validations, and the data has no val split; give it one")
         length = pl_module.from_data("context_length")
         self.questions = {name: read_questions(path) for name, path in self.files.items()}
         self.rows = {name: continuations(asked, data.encode, length) for name, asked in self.questions.items()}

@@ -37,6 +37,7 @@ def test_questions_are_answered_at_every_validation_and_test(moa: Moa) -> None:
         ("validate --ckpt_path run/checkpoints/last.ckpt --choices bad.jsonl", "'bad.jsonl', line 3"),
         (f"{TEXT} {steps} --choices absent.jsonl --run_dir none", "'absent.jsonl' cannot be read"),
         (f"{MAE} --choices easy.jsonl --run_dir none", "language model"),
+        (f"{TEXT} {steps} --data.val_fraction 0 --choices easy.jsonl --run_dir none", "no val split"),
     ):
         outcome = moa(line)
         assert outcome.code == 2, line
