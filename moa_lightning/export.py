@@ -1,4 +1,4 @@
-"""`moa export`: the weights of a run as one safetensors file, or a language model for transformers.
+"""`moa export`: the weights of a run as one safetensors file, an encoder for timm, or a net for transformers.
 
 The checkpoint may be a file or shards. The file holds the net's tensors under their names in it, whole, and in its
 metadata the task and its hyper-parameters as JSON, from which the same net can be built again. No optimiser, no

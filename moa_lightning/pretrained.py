@@ -1,5 +1,6 @@
 """The encoder of a trained model as the start of another one: from runs of MAE, DINO and ImageClassification, from what
 `moa export` writes, and from files of others that name their tensors as timm does (facebookresearch/mae and /dino).
+Those go through timm's own filters, which resize patches and positions and know the layouts of other projects.
 
 Files are read as tensors and plain values only, so they run no code. Of DINO the teacher is taken. What belongs to the
 old objective (decoder, projection head, classifier) is left, and what the file cannot have keeps its own start: the
@@ -7,29 +8,33 @@ new head with its norm, and the coefficients of learned mixes, so that a net wit
 MoA.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from .checkpoints import RunCheckpointIO
 from .errors import UserError
+from .feedforward import FeedForward
 from .mixing import FixedActivation, MixCoefficients
 from .run_folder import checkpoint_path
 
 ENVELOPES = ("state_dict", "teacher", "model")  # under which files keep their tensors
 MARK = "patch_embed.proj.weight"  # every vision transformer has it: what stands before it is its prefix
 OWN = ("head.", "head_dist.", "fc_norm.")  # of a classifier: starts anew
-MLP = {".mlp.fc1.": ".mlp.up_proj.", ".mlp.fc2.": ".mlp.down_proj."}  # timm's names of a plain feed-forward layer
+NORM = ("norm.weight", "norm.bias")  # the last one, which a net that pools has behind the pool, as fc_norm
 
 
 def load_encoder(vit: Any, path: str) -> None:
     """Put the encoder of a file into a timm vision transformer, in place.
 
-    Positions of another grid are interpolated, as timm does.
+    Positions of another grid are interpolated, as timm does, and of the filters for three channels one channel gets the
+    sum.
 
     Args:
         vit: its feed-forward layers are ours.
@@ -39,8 +44,12 @@ def load_encoder(vit: Any, path: str) -> None:
         UserError: no such file, not a vision transformer, or one of another shape.
     """
     content = read_tensors(path)
-    found = encoder_tensors(content, path)
+    found = _as_ours(vit, encoder_tensors(content, path), path)
     _fit_positions(vit, found)
+    channels = vit.patch_embed.proj.weight.shape[1]
+    found[MARK] = adapt_input_conv(channels, found[MARK], found[MARK].shape[1])
+    if vit.num_classes:
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(OWN)}
     own, fresh = vit.state_dict(), _fresh(vit)
     without_place = sorted(name for name in found if name.startswith("blocks.") and name not in own)
     if without_place:
@@ -90,11 +99,37 @@ def encoder_tensors(content: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     if not prefixes:
         raise UserError(f"weights '{path}' hold no vision transformer: give a run of MAE or DINO, or a timm model")
     prefix = next((each for each in prefixes if "teacher" in each), prefixes[0])
-    tensors = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
-    tensors = {name: value for name, value in tensors.items() if not name.startswith(OWN)}
-    for theirs, ours in MLP.items():
-        tensors = {name.replace(theirs, ours): value for name, value in tensors.items()}
-    return tensors
+    return {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
+
+
+def _as_ours(vit: Any, found: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The tensors under the names of `vit`, where they have timm's or another project's."""
+    layers = [name for name, module in vit.named_modules() if isinstance(module, FeedForward)]
+    if not any(f"{name}.up_proj.weight" in found for name in layers):
+        filter_fn = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+        try:
+            found = dict(found if filter_fn is None else filter_fn(found, vit))
+        except (RuntimeError, ValueError, AttributeError, KeyError) as error:
+            raise UserError(f"weights '{path}' are not those of such a net: {error}") from error
+        for name in layers:
+            _rename_layer(found, name, vit.get_submodule(name))
+    for norm in NORM:
+        if norm in vit.state_dict() and norm not in found and f"fc_{norm}" in found:
+            found[norm] = found[f"fc_{norm}"]
+    return found
+
+
+def _rename_layer(found: dict[str, Tensor], name: str, layer: FeedForward) -> None:
+    """Give the tensors of one feed-forward layer our names, in place: timm's are fc1 and fc2, with a gate fc1_g and
+    fc1_x, or both in fc1, the gate first, as its vision transformers have it."""
+    for leaf in ("weight", "bias"):
+        if layer.gate_proj is not None and f"{name}.fc1.{leaf}" in found:
+            gate, up = found.pop(f"{name}.fc1.{leaf}").chunk(2)
+            found |= {f"{name}.fc1_g.{leaf}": gate, f"{name}.fc1_x.{leaf}": up}
+        up_name = "fc1" if layer.gate_proj is None else "fc1_x"
+        for theirs, ours in ((up_name, "up_proj"), ("fc1_g", "gate_proj"), ("fc2", "down_proj")):
+            if f"{name}.{theirs}.{leaf}" in found:
+                found[f"{name}.{ours}.{leaf}"] = found.pop(f"{name}.{theirs}.{leaf}")
 
 
 def _fit_positions(vit: Any, found: dict[str, Tensor]) -> None:

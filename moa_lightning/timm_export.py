@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from .activations import is_pointwise
 from .errors import UserError
-from .feedforward import FFNConfig
+from .feedforward import FeedForward, FFNConfig
 from .injection import inject
-from .models.timm_weights import timm_state
+from .injection_adapters import activation_name
 from .models.vit import build_vit, pooled, untouched_tokens
 
 ENCODERS = ("encoder.", "teacher.backbone.")  # of MAE, of DINO
@@ -86,3 +88,50 @@ def _check_same(run: Any, written: Any, mean: bool, shape: tuple[int, ...]) -> N
         difference = float((ours - expected).norm() / expected.norm())
         if not difference <= LARGEST:
             raise RuntimeError(f"the exported encoder differs from the run's by {difference:.2g} of its features")
+
+
+def timm_state(ours: nn.Module, theirs: nn.Module) -> dict[str, Tensor] | None:
+    """The state of a net with FeedForwards under the names of timm's own net; None where that computes something else.
+
+    Args:
+        ours: a timm net whose feed-forward layers were swapped.
+        theirs: the same net as timm makes it.
+    """
+    state = {key: value.detach() for key, value in ours.state_dict().items()}
+    for name, layer in ours.named_modules():
+        if not isinstance(layer, FeedForward):
+            continue
+        renamed = _renamed(layer, theirs.get_submodule(name))
+        if renamed is None:
+            return None
+        kept = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+        state = {**kept, **{f"{name}.{key}": value for key, value in renamed.items()}}
+    return {key: value.contiguous().clone() for key, value in state.items()}
+
+
+def _renamed(layer: FeedForward, theirs: Any) -> dict[str, Tensor] | None:
+    """The tensors of one layer under timm's names, if timm's layer computes the same."""
+    config = layer.config
+    if config.mixing != "fixed" or not is_pointwise(config.activation):
+        return None
+    if activation_name(theirs.act, (config.activation,)) != config.activation:
+        return None
+    up, gate, down = layer.up_proj, layer.gate_proj, layer.down_proj
+    if isinstance(theirs, SwiGLU) and gate is not None:
+        parts: dict[str, Any] = {"fc1_x": _tensors(up), "fc1_g": _tensors(gate)}
+    elif isinstance(theirs, GluMlp) and gate is not None:
+        first, second = (_tensors(part) for part in ((up, gate) if theirs.gate_last else (gate, up)))
+        parts = {"fc1": {key: torch.cat([first[key], second[key]]) for key in first}}
+    elif isinstance(theirs, Mlp) and gate is None:
+        parts = {"fc1": _tensors(up)}
+    else:
+        return None
+    parts |= {"fc2": _tensors(down), "norm": {} if layer.norm is None else _tensors(layer.norm)}
+    state = {f"{part}.{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
+    expected = theirs.state_dict()
+    same = state.keys() == expected.keys() and all(state[key].shape == expected[key].shape for key in state)
+    return state if same else None
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach() for key, value in module.state_dict().items()}

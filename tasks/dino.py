@@ -55,8 +55,8 @@ class DINO(SelfSupervised):
         clip_per_parameter: clip the gradient of each parameter to trainer.gradient_clip_val by itself, as the official
             code does, instead of all of them as one vector.
         final_weight_decay: weight decay at the end of the run, reached along a cosine; None: constant.
-        backbone_weights: file of weights of that timm model to start from (.safetensors, or .pth that holds tensors
-            only); sizes, channels and classes may differ. None: fresh weights.
+        backbone_weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa
+            export wrote, or a file of timm's, MAE's or DINO's own weights. None: from scratch.
         optimizer: AdamW or Muon, and the schedule.
         image_size: pixels of the global crops; None: the data's.
         channels: of the images; None: the data's.
@@ -152,7 +152,7 @@ class DINO(SelfSupervised):
 
     def build(self, seed: int) -> nn.Module:
         h = self.hparams
-        return SelfDistillation(
+        net = SelfDistillation(
             h["backbone"],
             h["backbone_args"],
             self.ffn,
@@ -164,8 +164,9 @@ class DINO(SelfSupervised):
             h["norm_last_layer"],
             h["drop_path_rate"],
             seed,
-            self.start_weights(),
         )
+        self.load_weights(net.student.backbone, net.teacher.backbone)
+        return net
 
     def watch_features(self) -> None:
         """Features on their way into the heads: the teacher's of the first global crop to be watched, the student's

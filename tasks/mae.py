@@ -31,8 +31,8 @@ class MAE(SelfSupervised):
         mask_ratio: share of patches hidden.
         normalize_pixels: predict pixels standardised per patch.
         decoder_dim, decoder_depth, decoder_heads: size of the decoder.
-        backbone_weights: file of weights of that timm model to start from (.safetensors, or .pth that holds tensors
-            only); sizes, channels and classes may differ. None: fresh weights.
+        backbone_weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa
+            export wrote, or a file of timm's, MAE's or DINO's own weights. None: from scratch.
         optimizer: AdamW or Muon, and the schedule.
         image_size: pixels; None: the data's.
         channels: of the images; None: the data's.
@@ -87,7 +87,7 @@ class MAE(SelfSupervised):
 
     def build(self, seed: int) -> nn.Module:
         h = self.hparams
-        return MaskedAutoencoder(
+        net = MaskedAutoencoder(
             h["backbone"],
             h["backbone_args"],
             self.ffn,
@@ -99,8 +99,9 @@ class MAE(SelfSupervised):
             h["decoder_depth"],
             h["decoder_heads"],
             seed,
-            self.start_weights(),
         )
+        self.load_weights(net.encoder)
+        return net
 
     def watch_features(self) -> None:
         """The mean of the visible patches, on their way into the decoder."""

@@ -18,6 +18,7 @@ from moa_lightning.evaluation.pictures import attention_rows, cells, framed, nea
 from moa_lightning.evaluation.token_classes import TokenClasses, patch_classes
 from moa_lightning.models.attention import look
 from moa_lightning.models.vit import is_plain
+from moa_lightning.pretrained import load_encoder
 
 from .base import Task
 
@@ -48,18 +49,20 @@ class SelfSupervised(Task):
             super().configure_model()
             self.watch_features()
 
-    def start_weights(self) -> str | None:
-        """The file that the backbone starts from. One that is gone is only noted: a checkpoint does not need it."""
+    def load_weights(self, *encoders: Any) -> None:
+        """Put `backbone_weights` into vision transformers, in place. A file that is gone is only noted: a run that goes
+        on, or is evaluated, has its weights in its checkpoint."""
         file = self.hparams["backbone_weights"]
-        if file is not None and not Path(file).is_file():
-            self.missing_weights = file
-            return None
-        return file
+        self.missing_weights = None if file is None or Path(file).exists() else file
+        if file is not None and self.missing_weights is None:
+            for encoder in encoders:
+                load_encoder(encoder, file)
 
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.global_step == 0 and self.missing_weights is not None:
-            raise UserError(f"backbone_weights '{self.missing_weights}' does not exist; give a file of weights")
+            file = self.missing_weights
+            raise UserError(f"model.backbone_weights: there is no '{file}'; name a checkpoint or a file of weights")
 
     def watch_features(self) -> None:
         """Have the net leave `train_features` in every training step."""

@@ -7,12 +7,16 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_patch_embed
 from torch import Tensor
 
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.models import ImageClassifier, MaskedAutoencoder, SelfDistillation
+from moa_lightning.models.vit import build_vit
 from moa_lightning.pretrained import load_encoder
+from moa_lightning.timm_export import timm_state
+from tasks import DINO, MAE, Task
 from tests.models.families import FAMILIES, IMAGE, SMALL, images
 from tests.models.nets import shake
 
@@ -67,6 +71,84 @@ def test_files_of_others_name_their_layers_as_timm_does(prefix: str, envelope: s
         load_encoder(net.vit, saved(tmp_path / "theirs.pth", theirs.state_dict(), prefix, envelope))
         assert_same_encoder(net, theirs)
         assert torch.equal(net.vit.head.weight, before)
+
+
+def same_form(net: torch.nn.Module, mixing: str) -> FFNConfig:
+    """A layer of that kind in the place of timm's, which computes the same at the start."""
+    gated = any(type(m).__name__ in ("SwiGLU", "GluMlp") for m in net.modules())
+    return FFNConfig(mixing, "gated" if gated else "plain", "silu" if gated else "gelu")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_of_every_family_are_read_and_given_back(name: str, tmp_path: Path) -> None:
+    theirs = shake(timm.create_model(name, num_classes=7, img_size=IMAGE, **SMALL)).eval()
+    save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, tmp_path / "a.safetensors")
+    for mixing in ("fixed", "moa"):
+        ours = build_vit(name, same_form(theirs, mixing), IMAGE, 3, 0, **SMALL).eval()
+        load_encoder(ours, str(tmp_path / "a.safetensors"))
+        with torch.no_grad():
+            assert torch.allclose(ours.forward_features(images()), theirs.forward_features(images()), atol=2e-6)
+        state = timm_state(ours, timm.create_model(name, num_classes=0, img_size=IMAGE, **SMALL))
+        if mixing == "moa":
+            assert state is None, "timm has no such layer"
+        else:
+            assert state is not None
+            assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in state.items())
+
+
+def test_one_channel_gets_the_sum_of_three_and_patches_are_resized(tmp_path: Path) -> None:
+    theirs = shake(timm.create_model(NAME, num_classes=3, img_size=IMAGE, **SMALL)).eval()
+    path = saved(tmp_path / "theirs.pth", theirs.state_dict(), "", None)
+    grey = build_vit(NAME, GELU, IMAGE, 1, 0, **SMALL).eval()
+    load_encoder(grey, path)
+    with torch.no_grad():
+        expected = theirs.forward_features(images(channels=1).expand(-1, 3, -1, -1))
+        assert torch.allclose(grey.forward_features(images(channels=1)), expected, atol=1e-5)
+    coarse = build_vit(NAME, GELU, 2 * IMAGE, 3, 0, **{**SMALL, "patch_size": 8})
+    load_encoder(coarse, path)
+    expected = resample_patch_embed(theirs.patch_embed.proj.weight, [8, 8])
+    assert torch.allclose(coarse.patch_embed.proj.weight, expected, atol=1e-6)
+
+
+def test_a_net_that_pools_gives_its_last_norm(tmp_path: Path) -> None:
+    name = "vit_medium_patch16_reg4_gap_256"
+    theirs = shake(timm.create_model(name, img_size=IMAGE, **SMALL))
+    net = build_vit(name, GELU, IMAGE, 3, 0, **SMALL, global_pool="")
+    load_encoder(net, saved(tmp_path / "theirs.pth", theirs.state_dict(), "", None))
+    assert torch.equal(net.norm.weight, theirs.fc_norm.weight)
+
+
+@pytest.mark.parametrize("config", [FFNConfig(activation="relu2"), FFNConfig(form="gated", activation="silu")])
+def test_other_layers_are_not_passed_off_as_timms(config: FFNConfig) -> None:
+    ours = build_vit(NAME, config, IMAGE, 3, 0, **SMALL)
+    assert timm_state(ours, timm.create_model(NAME, num_classes=0, img_size=IMAGE, **SMALL)) is None
+
+
+@pytest.mark.parametrize("kind", [MAE, DINO])
+def test_mae_and_dino_start_from_a_file(kind: type[Task], tmp_path: Path) -> None:
+    """MAE keeps the positions of the file and does not train them; DINO's teacher starts from it too. A file that is
+    gone stops a new run, not the reading of a checkpoint."""
+    theirs = shake(timm.create_model(NAME, num_classes=3, img_size=IMAGE, **SMALL)).eval()
+    path = saved(tmp_path / "theirs.pth", theirs.state_dict(), "", None)
+    sizes = (
+        {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
+        if kind is MAE
+        else {"out_dim": 8, "head_hidden_dim": 8}
+    )
+    task = kind(NAME, SMALL, MOA, image_size=IMAGE, channels=3, seed=0, backbone_weights=path, **sizes)
+    task.configure_model()
+    nets = [task.net.encoder] if kind is MAE else [task.net.student.backbone, task.net.teacher.backbone]
+    with torch.no_grad():
+        for net in nets:
+            expected = theirs.forward_features(images())
+            assert torch.allclose(net.eval().forward_features(images()), expected, atol=2e-6)
+    if kind is MAE:
+        assert torch.equal(task.net.encoder.pos_embed, theirs.pos_embed)
+        assert not task.net.encoder.pos_embed.requires_grad
+    gone = kind(NAME, SMALL, MOA, image_size=IMAGE, channels=3, seed=0, backbone_weights="gone.pth", **sizes)
+    gone.configure_model()
+    with pytest.raises(UserError, match=r"there is no 'gone\.pth'"):
+        gone.on_train_start()
 
 
 def test_safetensors_are_read(tmp_path: Path) -> None:

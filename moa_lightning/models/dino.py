@@ -87,7 +87,6 @@ class SelfDistillation(nn.Module):
         out_dim, hidden_dim, bottleneck_dim, norm_last_layer: the head.
         drop_path_rate: of the student only.
         seed: initial weights are a function of (seed, parameter name); the teacher starts as the student.
-        weights: file of weights of the timm model that both backbones start from.
     """
 
     def __init__(
@@ -103,7 +102,6 @@ class SelfDistillation(nn.Module):
         norm_last_layer: bool = True,
         drop_path_rate: float = 0.1,
         seed: int = 0,
-        weights: str | None = None,
     ) -> None:
         super().__init__()
 
@@ -121,11 +119,6 @@ class SelfDistillation(nn.Module):
         initialize(self.student, seed, dino_rule)
         self.teacher = build(0.0)
         initialize(self.teacher, seed, dino_rule)  # the same names: the same values
-        if weights is not None:
-            options = {"dynamic_img_size": True, **backbone_args}
-            loaded = build_vit(backbone, ffn, image_size, channels, seed, weights, **options).state_dict()
-            for part in (self.student, self.teacher):
-                part.backbone.load_state_dict(loaded)
         self.teacher.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "SelfDistillation":

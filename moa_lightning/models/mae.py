@@ -71,7 +71,6 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: share of patches removed.
         decoder_dim, decoder_depth, decoder_heads: size of the decoder.
         seed: initial weights are a function of (seed, parameter name).
-        weights: file of weights of the timm model that the encoder starts from, its positions too.
 
     Raises:
         UserError: the backbone cannot leave patches out, or the mask leaves none or all.
@@ -90,7 +89,6 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         seed: int = 0,
-        weights: str | None = None,
     ) -> None:
         super().__init__()
         # the decoder wants all tokens, whatever else wants one vector
@@ -111,9 +109,6 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = Decoder(int(self.encoder.embed_dim), decoder_dim, decoder_depth, decoder_heads, grid, pixels)
         inject(self.decoder, decoder_ffn, seed=seed)
         initialize(self, seed, mae_rule)
-        if weights is not None:
-            loaded = build_vit(backbone, ffn, image_size, channels, seed, weights, **options)
-            self.encoder.load_state_dict(loaded.state_dict())
 
     def _fix_positions(self, grid: tuple[int, int]) -> None:
         positions = getattr(self.encoder, "pos_embed", None)

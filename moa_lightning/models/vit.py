@@ -16,21 +16,17 @@ from ..errors import UserError
 from ..feedforward import FFNConfig
 from ..injection import inject
 from ..mixing import MixCoefficients
-from .timm_weights import load_timm_weights
 
 # options of timm that download weights, or unpickle a file, which runs the code in it
 WEIGHTS_FROM = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
-def build_vit(
-    name: str, ffn: FFNConfig, image_size: int, channels: int, seed: int, weights: str | None = None, **options: Any
-) -> Any:
+def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: int, **options: Any) -> Any:
     """A timm vision transformer without a classifier, its feed-forward layers replaced as `ffn` says.
 
     Args:
         name: timm model name, such as vit_small_patch16_224.
         image_size: height and width in pixels.
-        weights: file of weights of this timm model, read before the layers are swapped; see `load_timm_weights`.
         options: passed to timm.create_model (embed_dim, depth, num_heads, patch_size, drop_path_rate, ...).
 
     Raises:
@@ -57,8 +53,6 @@ def build_vit(
             )
         except Exception as error:  # whatever timm trips over, the reason is what it was given
             raise UserError(f"timm cannot build '{name}' with img_size={image_size}, {options}: {error}") from error
-    if weights is not None:
-        load_timm_weights(net, name, weights)
     inject(net, ffn, seed=seed)
     return net
 

@@ -232,7 +232,7 @@ def test_a_saved_state_gives_the_same_outputs(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "size"), NOT_PLAIN.items())
 def test_nets_that_cannot_leave_patches_out_are_refused_by_name(name: str, size: int) -> None:
-    with pytest.raises(UserError, match=name):
+    with torch.device("meta"), pytest.raises(UserError, match=name):
         MaskedAutoencoder(name, {}, FFNConfig(), FFNConfig(), size, 3, decoder_depth=1)
 
 
