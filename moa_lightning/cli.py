@@ -217,6 +217,8 @@ def resolve_precision(config: dict[str, Any], options: "list[Option]") -> "tuple
         except KeyError:
             return None
 
+    if not isinstance(config.get("trainer") or {}, dict):
+        return options, []  # no group of options, which is said where all options are checked
     if given("trainer.precision") in (None, "auto"):
         precision, why = auto_precision(str(given("trainer.accelerator") or "auto"))
         config["trainer"] = {**(config.get("trainer") or {}), "precision": precision}

@@ -149,6 +149,8 @@ class Tree:
 
     def _walk(self, kind: Any, node: Any, path: str) -> None:
         if not isinstance(node, dict):
+            if isinstance(kind, Mapping) and node is not None:
+                raise UserError(f"{self._where(path)} is {str(node)[:60]!r}; give a group of options")
             return
         names = self._names(kind, path)
         if names is None:
