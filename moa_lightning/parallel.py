@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .checkpoints import RunCheckpointIO, load_into, split_tensors
+from .checkpoint_reading import load_into, split_tensors
+from .checkpoints import RunCheckpointIO
 from .errors import UserError
 from .kernels import compiler_works
 from .mixing import MixCoefficients

@@ -16,7 +16,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from moa_lightning.checkpoints import CheckpointQueue, RunCheckpointIO, _TableUnpickler, join_tensors, split_tensors
+from moa_lightning.checkpoint_reading import _TableUnpickler, join_tensors, split_tensors
+from moa_lightning.checkpoints import CheckpointQueue, RunCheckpointIO
 from moa_lightning.errors import UserError
 from moa_lightning.run_folder import last_checkpoint
 

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from moa_lightning.checkpoints import split_tensors
+from moa_lightning.checkpoint_reading import split_tensors
 from moa_lightning.cli import main
 from moa_lightning.feedforward import FFNConfig
 from moa_lightning.models import GPTConfig
