@@ -9,6 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+MOST_SIMILARITIES = 2**28  # of queries with the bank that are in memory at a time: 1 GB
+
 
 def knn_votes(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, classes: int, k: int = 20, temperature: float = 0.07
@@ -34,7 +36,8 @@ def _neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosine similarity and position in the bank of the k nearest, nearest first: (n, k) each."""
     bank = F.normalize(bank, dim=1)
     k = min(k, len(bank))
-    found = [(block @ bank.T).topk(k, dim=1) for block in F.normalize(queries, dim=1).split(1024)]
+    rows = max(1, min(1024, MOST_SIMILARITIES // len(bank)))
+    found = [(block @ bank.T).topk(k, dim=1) for block in F.normalize(queries, dim=1).split(rows)]
     return torch.cat([block.values for block in found]), torch.cat([block.indices for block in found])
 
 

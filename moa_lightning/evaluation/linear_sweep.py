@@ -71,7 +71,6 @@ class LinearClassifiers:
     def fit(self, features: Tensor, labels: Tensor, epochs: int, seed: int = 0) -> None:
         """Train on (n, D) with labels (n,), in batches of 256 or all at once where there are fewer."""
         count, size = len(features), min(BATCH, len(features))
-        targets = F.one_hot(labels, self.bias.shape[1]).to(features.dtype)
         generator = torch.Generator().manual_seed(seed)
         velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         total, step = epochs * (count // size), 0
@@ -79,7 +78,8 @@ class LinearClassifiers:
             order = torch.randperm(count, generator=generator)[: count // size * size].to(features.device)
             for chosen in order.split(size):
                 x = (features[chosen] - self.mean) * self.scale
-                error = (self._logits(x).softmax(-1) - targets[chosen]) / size  # (R, B, C)
+                targets = F.one_hot(labels[chosen], self.bias.shape[1])
+                error = (self._logits(x).softmax(-1) - targets) / size  # (R, B, C)
                 rate = self.rates * 0.5 * (1 + math.cos(math.pi * step / total))
                 velocity[0].mul_(MOMENTUM).add_(error.mT @ x)
                 velocity[1].mul_(MOMENTUM).add_(error.sum(1))
