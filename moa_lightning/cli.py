@@ -46,6 +46,7 @@ SETTINGS = (
     "trainer",
     "checkpoint",
     "guard",
+    "pruning",
     "watchdog",
     "choices",
 )  # of a config.yaml used again

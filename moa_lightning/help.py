@@ -75,7 +75,7 @@ the run
   --checkpoint.keep_last N        how many of the latest checkpoints are kept (1)
   --seed_everything N             initial weights (default 0); the data's order has --data.seed
 
-moa fit --help all                every option of the trainer, checkpoints, guard, watchdog
+moa fit --help all                every option of the trainer, checkpoints, guard, watchdog, pruning
 """
 
 THEORY = """usage: moa theory [--out DIR] [--quick] [--seed N]

@@ -34,6 +34,7 @@ from .callbacks.guard import Guard
 from .callbacks.predictions import DEFAULT, PredictionFile
 from .callbacks.preemption import REQUEUE, Preemption
 from .callbacks.progress import StepProgress
+from .callbacks.pruning import Pruning, rewind_checkpoint
 from .callbacks.report import RunReport, metrics_table
 from .callbacks.validation import ValidationSchedule
 from .callbacks.watchdog import Watchdog
@@ -81,7 +82,7 @@ CHECKPOINT_DEFAULTS = {
 }
 
 
-CALLBACK_OPTIONS = {"checkpoint": RunCheckpoint, "guard": Guard, "watchdog": Watchdog}
+CALLBACK_OPTIONS = {"checkpoint": RunCheckpoint, "guard": Guard, "pruning": Pruning, "watchdog": Watchdog}
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -199,6 +200,10 @@ class MoaCLI(LightningCLI):
             raise UserError(f"--folder and --out belong to moa predict, not to moa {self.subcommand}")
         if self.subcommand == "fit":
             check_length(config["trainer"])
+            rewind_to = config["pruning"]["rewind_to"]
+            if checkpoint is None and rewind_to is not None:
+                config["ckpt_path"] = rewind_checkpoint(rewind_to)
+                self.first_step = checkpoint_step(config["ckpt_path"])
             self._claim_folder(Path(given) if given else None, config, checkpoint, restart)
         elif checkpoint is None:
             raise UserError(f"moa {self.subcommand} needs --ckpt_path with the checkpoint to load")

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 RUN_DIR_VARIABLE = "MOA_RUN_DIR"
 CONFIG, CHECKPOINTS, LAST = "config.yaml", "checkpoints", "last.ckpt"
+REWIND = "rewind.ckpt"  # of an early step, for winning tickets
 RESULT, TEST, HELD = "result.json", "test.json", "held_gates.json"
 LOCK = ".lock"
 LATEST, AUTO = "last", "auto"  # what --ckpt_path may say instead of a path

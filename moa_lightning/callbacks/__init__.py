@@ -1,4 +1,5 @@
-"""What is watched while training. Callbacks look on and write; none changes a net, a batch or a random state."""
+"""What is watched while training. Callbacks look on and write; none changes a net, a batch or a random state, but for
+Pruning, which is asked to (pruning.py)."""
 
 import lightning as L
 

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..checkpoints import RunCheckpointIO
 from ..errors import UserError
+from ..run_folder import REWIND
+from .common import steps_in_this_batch
 from .validation import ValidationSchedule
 
 
@@ -23,14 +25,24 @@ class RunCheckpoint(ModelCheckpoint):
         keep_last: how many of the latest checkpoints are kept.
         monitor: metric by which the best `save_top_k` are kept besides; None keeps the latest only.
         save_top_k: how many of the best; -1 keeps all checkpoints.
+        rewind_step: keep rewind.ckpt of this early step too, where rounds of pruning start again.
         kwargs: the other options of ModelCheckpoint.
     """
 
-    def __init__(self, keep_last: int = 1, monitor: str | None = None, save_top_k: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        keep_last: int = 1,
+        monitor: str | None = None,
+        save_top_k: int = 1,
+        rewind_step: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         if keep_last < 1:
             raise UserError(f"checkpoint.keep_last is {keep_last}; give 1 or more")
+        if rewind_step is not None and rewind_step < 1:
+            raise UserError(f"checkpoint.rewind_step is {rewind_step}; give an optimiser step, 1 or more")
         super().__init__(monitor=monitor, save_top_k=save_top_k, **kwargs)
-        self.keep_last = keep_last
+        self.keep_last, self.rewind_step = keep_last, rewind_step
         self.latest: list[str] = []  # names in dirpath, the newest at the end
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,6 +61,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_batch_end(trainer, *args)
+        if trainer.global_step == self.rewind_step and steps_in_this_batch(trainer):
+            assert self.dirpath is not None
+            trainer.save_checkpoint(Path(self.dirpath) / REWIND)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         schedule = next((c for c in callbacks if isinstance(c, ValidationSchedule)), None)
         if schedule is not None and schedule.due and not any(trainer.num_val_batches):

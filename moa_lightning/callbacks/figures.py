@@ -146,6 +146,26 @@ def draw_over_time(panels: list[OverTime], u: np.ndarray, title: str) -> Picture
     return _render(figure)
 
 
+def draw_densities(densities: dict[str, float], title: str) -> Picture:
+    """A bar for each layer, from the first at the top: the share of its weights that stay."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name.removeprefix("net.").removesuffix(".weight") for name in densities]
+    figure = Figure(figsize=(7, 0.22 * len(names) + 0.9), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.barh(range(len(names)), list(densities.values()), color=BLUE, height=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("density", fontsize=9)
+    axes.grid(axis="x", color="0.9", zorder=0)
+    axes.set_axisbelow(True)
+    figure.suptitle(title, fontsize=11)
+    return _render(figure)
+
+
 def draw_patches(rows: list[tuple[str, list[tuple[int, int]]]], images: np.ndarray, patch: int, title: str) -> Picture:
     """Rows of images, each with one patch framed.
 

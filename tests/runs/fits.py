@@ -28,6 +28,7 @@ import tasks
 from data.text import TextModule
 from moa_lightning import FFNConfig
 from moa_lightning.callbacks import MultipleChoice, default_callbacks
+from moa_lightning.callbacks.pruning import Pruning
 from moa_lightning.checkpoints import RunCheckpointIO
 from moa_lightning.models import GPTConfig
 from moa_lightning.moe import MoEConfig
@@ -48,6 +49,8 @@ FIRST = 5
 CLASSIFICATION, SOURCES = "classification-moa", "language-moa-mixture"
 EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", SOURCES, CLASSIFICATION]
 EXPERTS_STEPS, EXPERTS_SAVED_AT, EXPERTS_VALIDATED = 6, 4, 3
+PRUNED = ["language-moa-muon", "dino-moa"]
+PRUNED_STEPS, PRUNED_SAVED_AT, SPARSITY = 5, 3, 0.6
 LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
 CLIP = 0.5
 BACKBONE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -336,6 +339,24 @@ def experts(kind: str, folder: Path) -> dict[str, Record]:
         records[f"{name}/resumed"] = fit(kind, name, folder / name, resume=half, **options)
     name = EXPERTS[0]
     records[f"{name}/accumulated"] = fit(kind, name, folder / name, accumulate=2, stop_at=EXPERTS_STEPS)
+    return records
+
+
+def pruned(kind: str, folder: Path) -> dict[str, Record]:
+    """The fits in PRUNED: "<fit>/dense"; "<fit>" pruned by what that came to; "<fit>/resumed"."""
+    torch.set_num_threads(1)
+    records = {}
+    for name in PRUNED:
+        dense, sparse = folder / f"{name}-dense", folder / name
+        records[f"{name}/dense"] = fit(kind, name, dense, stop_at=PRUNED_SAVED_AT, save_at=PRUNED_SAVED_AT)
+        source = str(dense / "half.ckpt")
+        for part, saving in (
+            (name, {"save_at": PRUNED_SAVED_AT}),
+            (f"{name}/resumed", {"resume": sparse / "half.ckpt"}),
+        ):
+            pruning = Pruning(SPARSITY, gates=True, mask_from=source)
+            options: dict[str, Any] = {"stop_at": PRUNED_STEPS, "callbacks": [pruning], **saving}
+            records[part] = fit(kind, name, sparse, **options)
     return records
 
 

@@ -1,0 +1,168 @@
+"""Winning tickets: training with weights that are held at zero, and the rounds that find which.
+
+One round is one run. It takes the masks and the final weights of the run before (`mask_from`), prunes them further,
+starts at a checkpoint of an early step (`rewind_to`, with optimiser, schedule and data position) or at the initial
+weights, and trains. So rounds are chained by naming runs, in a grid or by hand (docs/sparsity.md). The masks and what
+they were made of lie in the checkpoint; a run that goes on takes its own.
+"""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning as L
+from torch import Tensor
+
+from ..checkpoints import RunCheckpointIO
+from ..errors import UserError
+from ..pruning import (
+    HeldMasks,
+    Scope,
+    density,
+    magnitude_masks,
+    packed,
+    prunable,
+    shuffled,
+    sparsity_of,
+    unpacked,
+    whole,
+)
+from ..run_folder import CHECKPOINTS, REWIND, checkpoint_path, last_checkpoint
+from .common import run_folder, tensorboard_step, tensorboard_writer, write_scalars
+from .figures import draw_densities, publish
+from .files import write_json
+
+
+class Pruning(L.Callback):
+    """Holds the smallest weights of the linear layers in the transformer blocks at zero.
+
+    Args:
+        sparsity: share of zeros among those weights; 0: no pruning.
+        scope: rank magnitudes over the whole net ("global") or in each layer ("layer").
+        gates: prune the gates of learned mixes too.
+        dense_blocks: the first blocks of each stack that stay dense.
+        mask_from: folder of a run (or a checkpoint) whose final weights are ranked and whose masks stay; null: the
+            weights that this run starts with.
+        rewind_to: folder of a run that wrote a checkpoint for rewinding (--checkpoint.rewind_step), or a checkpoint,
+            where this run starts; null: at its initial weights.
+        shuffle: random masks with the same density in each layer instead.
+
+    Written: <run_dir>/pruning.json and pruning.png, the density of each layer. Logged: pruning/density/<layer>.
+
+    Raises:
+        UserError: options that make no sense, a run that is not there or of another net.
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.0,
+        scope: Scope = "global",
+        gates: bool = False,
+        dense_blocks: int = 0,
+        mask_from: str | None = None,
+        rewind_to: str | None = None,
+        shuffle: bool = False,
+    ) -> None:
+        if not 0 <= sparsity < 1:
+            raise UserError(f"pruning.sparsity is {sparsity}; give a share from 0 to below 1")
+        if scope not in get_args(Scope):
+            raise UserError(f"pruning.scope is '{scope}'; choose from {', '.join(get_args(Scope))}")
+        if dense_blocks < 0:
+            raise UserError(f"pruning.dense_blocks is {dense_blocks}; give 0 or more")
+        if sparsity == 0 and (mask_from is not None or shuffle):
+            raise UserError("pruning.mask_from and pruning.shuffle do nothing at sparsity 0; give --pruning.sparsity")
+        self.sparsity, self.scope, self.gates, self.dense_blocks = sparsity, scope, gates, dense_blocks
+        self.mask_from, self.rewind_to, self.shuffle = mask_from, rewind_to, shuffle
+        self.masks: dict[str, Tensor] = {}
+        self._restored: dict[str, Any] = {}
+        self._held: HeldMasks | None = None
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What the masks follow from, beside weights and seed."""
+        names = ("sparsity", "scope", "gates", "dense_blocks", "mask_from", "shuffle")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made_of": self.made_of, "masks": packed(self.masks)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._restored = state
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.sparsity == 0:
+            if self._restored.get("masks"):
+                raise UserError("the checkpoint's net is pruned; give its --pruning options, or another --ckpt_path")
+            return
+        if self._restored.get("made_of") == self.made_of:
+            self.masks = unpacked(self._restored["masks"])
+        else:
+            self.masks = self._make(pl_module)
+        self._held = held = HeldMasks(pl_module, self.masks)
+        held.weights()
+        for optimizer in trainer.optimizers:
+            held.moments(optimizer)
+            # at once after each step, so that nobody (a teacher's average, a checkpoint) sees another weight
+            optimizer.register_step_post_hook(lambda *_: held.weights())
+        self._report(trainer)
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        if self._held is not None:
+            self._held.gradients()
+
+    def _make(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        own = prunable(pl_module, self.gates, self.dense_blocks)
+        if self.mask_from is None:
+            weights, before = {name: whole(parameter) for name, parameter in own.items()}, {}
+        else:
+            weights, before = _trained(self.mask_from, {name: tuple(p.shape) for name, p in own.items()})
+        masks = magnitude_masks(weights, before, self.sparsity, self.scope)
+        return shuffled(masks, int(pl_module.seed)) if self.shuffle else masks  # type: ignore[arg-type]
+
+    def _report(self, trainer: L.Trainer) -> None:
+        densities, found = density(self.masks), sparsity_of(self.masks)
+        folder, writer = run_folder(trainer), tensorboard_writer(trainer)
+        if not trainer.is_global_zero:
+            return
+        step = tensorboard_step(trainer)
+        if writer is not None:
+            write_scalars(writer, {f"pruning/density/{name}": value for name, value in densities.items()}, step)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "pruning.json", {**self.made_of, "found": found, "density": densities})
+            picture = draw_densities(densities, f"{1 - found:.3g} of the weights stay")
+            publish(picture, "pruning/density", step, writer, folder / "pruning.png")
+
+
+def rewind_checkpoint(given: str) -> str:
+    """The checkpoint that `rewind_to` means.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (Path(given) / CHECKPOINTS).is_dir():
+        return str(checkpoint_path(given, None))
+    path = Path(given) / CHECKPOINTS / REWIND
+    if not path.exists():
+        what = f"pruning.rewind_to: the run '{given}' has no {CHECKPOINTS}/{REWIND}"
+        raise UserError(f"{what}; train it with --checkpoint.rewind_step")
+    return str(path)
+
+
+def _trained(source: str, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Final weights and masks of a run, whole; no masks for a dense one."""
+    run = Path(source)
+    path = last_checkpoint(run) if (run / CHECKPOINTS).is_dir() else run
+    if path is None or not path.exists():
+        raise UserError(f"pruning.mask_from: '{source}' is no run with a checkpoint, and no checkpoint")
+    content = RunCheckpointIO().load_checkpoint(path)
+    state = content.get("state_dict", {})
+    for name, shape in shapes.items():
+        if name not in state or tuple(state[name].shape) != shape:
+            raise UserError(f"pruning.mask_from: '{source}' has no {name} of shape {shape}; name a run of the same net")
+    before = unpacked(content.get("callbacks", {}).get(Pruning.__qualname__, {}).get("masks", {}))
+    if before and before.keys() != shapes.keys():
+        raise UserError(
+            f"pruning.mask_from: '{source}' is pruned in {len(before)} layers and this run would be in {len(shapes)}; "
+            "give the same pruning.gates and pruning.dense_blocks"
+        )
+    return {name: state[name] for name in shapes}, before
