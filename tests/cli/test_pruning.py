@@ -56,7 +56,8 @@ def test_a_round_begins_at_the_early_step_with_the_mask_of_the_trained_weights(m
     refused = moa(f"{LINE} --run_dir x --trainer.max_steps 3 --pruning.sparsity 0.4 --pruning.mask_from ticket")
     assert (refused.code, "0.5 in all already" in refused.err) == (2, True)
     refused = moa(
-        "fit --run_dir y --ckpt_path ticket/checkpoints/last.ckpt --pruning.sparsity 0 --pruning.mask_from null"
+        "fit --run_dir y --ckpt_path ticket/checkpoints/last.ckpt --trainer.max_steps 6 --pruning.sparsity 0 "
+        "--pruning.mask_from null"
     )
     assert (refused.code, "the checkpoint's net is pruned" in refused.err) == (2, True)
 

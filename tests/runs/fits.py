@@ -354,7 +354,7 @@ def pruned(kind: str, folder: Path) -> dict[str, Record]:
             (name, {"save_at": PRUNED_SAVED_AT}),
             (f"{name}/resumed", {"resume": sparse / "half.ckpt"}),
         ):
-            pruning = Pruning(SPARSITY, gates=True, mask_from=source)
+            pruning = Pruning(SPARSITY, "layer", gates=True, mask_from=source)
             options: dict[str, Any] = {"stop_at": PRUNED_STEPS, "callbacks": [pruning], **saving}
             records[part] = fit(kind, name, sparse, **options)
     return records
