@@ -27,6 +27,7 @@ from .random import named_seed
 
 Scope = Literal["global", "layer"]
 STUDENT, TEACHER = ".student.", ".teacher."  # the teacher of a self-distillation is pruned as its student
+NET, AVERAGE = "net.", "average."  # and the average of a task's weights as the weights
 
 
 def prunable(net: nn.Module, gates: bool, dense_blocks: int) -> dict[str, nn.Parameter]:
@@ -80,7 +81,7 @@ def magnitude_masks(
         groups = [[name] for name in weights]
     else:
         groups = [list(weights)]
-    masks = {}
+    masks: dict[str, Tensor] = {}
     for names in groups:
         size = torch.cat([weights[name].detach().flatten().abs().float() for name in names])
         if before:
@@ -159,7 +160,8 @@ class HeldMasks:
         parameters = dict(net.named_parameters())
         self.pairs: list[tuple[nn.Parameter, Tensor]] = []  # with this process's part of what is pruned
         for name, mask in masks.items():
-            for place in {name, name.replace(STUDENT, TEACHER)} & parameters.keys():
+            twins = {name.replace(STUDENT, TEACHER), name.replace(NET, AVERAGE, 1)}
+            for place in {name, *twins} & parameters.keys():
                 parameter = parameters[place]
                 if parameter.shape != mask.shape:
                     raise UserError(f"the mask of {name} has the shape {tuple(mask.shape)}, and its weight another one")

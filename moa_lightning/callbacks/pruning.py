@@ -111,8 +111,9 @@ class Pruning(L.Callback):
 
     def _make(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
         own = prunable(pl_module, self.gates, self.dense_blocks)
+        before: dict[str, Tensor] = {}
         if self.mask_from is None:
-            weights, before = {name: whole(parameter) for name, parameter in own.items()}, {}
+            weights = {name: whole(parameter) for name, parameter in own.items()}
         else:
             weights, before = _trained(self.mask_from, {name: tuple(p.shape) for name, p in own.items()})
         masks = magnitude_masks(weights, before, self.sparsity, self.scope)

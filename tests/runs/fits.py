@@ -49,8 +49,8 @@ FIRST = 5
 CLASSIFICATION, SOURCES = "classification-moa", "language-moa-mixture"
 EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", SOURCES, CLASSIFICATION]
 EXPERTS_STEPS, EXPERTS_SAVED_AT, EXPERTS_VALIDATED = 6, 4, 3
-PRUNED = ["language-moa-muon", "dino-moa"]
-PRUNED_STEPS, PRUNED_SAVED_AT, SPARSITY = 5, 3, 0.6
+PRUNED = ["language-moa-averaged", "dino-moa"]
+PRUNED_STEPS, PRUNED_SAVED_AT, SPARSITY = 8, 6, 0.6
 LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
 CLIP = 0.5
 BACKBONE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -168,6 +168,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "loss": {"moe": MoEConfig(4, 1, balance_loss_weight=0.1), "loss_chunk": 50, "z_loss_weight": 1e-3},
     "mixture": {"optimizer": OptimizerConfig(lr=5e-3, weight_decay=1.0, warmup_steps=5, average_decay=0.9)},
     "muon": {"moe": MoEConfig(4, 2), "optimizer": OptimizerConfig("muon", lr=5e-3, warmup_steps=5)},
+    "averaged": {
+        "moe": MoEConfig(4, 2),
+        "optimizer": OptimizerConfig("muon", lr=5e-3, warmup_steps=5, average_decay=0.9),
+    },
 }
 """options of language models beside their ffn, as fit names have them: language-<ffn>-<extra>; mixture: of sources,
 with documents kept apart and an average of the weights"""
