@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -111,7 +112,8 @@ class FSDPStrategy(ModelParallelStrategy):
         checkpoint = load_into(own, groups["optimizer_states"], path)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"))
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=True):
-            set_optimizer_state_dict(self.model, optimizer, state)
+            # not strict: a parameter that has had no gradient (DINO's last layer, at first) has no state
+            set_optimizer_state_dict(self.model, optimizer, state, options=StateDictOptions(strict=False))
         return checkpoint
 
     def teardown(self) -> None:
