@@ -55,6 +55,12 @@ def planner(device="h100", **options):
     return Planner(settings(**options), DEVICES[device], STEPS)
 
 
+def test_a_planned_batch_tells_documents_apart_where_the_data_do():
+    masked = data.TextFiles("-", context_length=8, batch_size=4, mask_documents=True)
+    assert "documents" not in settings().batch(2)
+    assert replace(settings(), data=masked).batch(2)["documents"].shape == (2, 8)
+
+
 def test_numbers_of_devices_are_multiples_of_the_copies(executed):
     plans = list(planner(replicas=4, batch_size=16).numbers())
     assert [plan.devices for plan in plans] == [4, 8]
