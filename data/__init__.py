@@ -3,12 +3,13 @@
 Text batch: `tokens` and `targets` int64 (B, T) (a target of -100 is not counted), `id` and `seed` int64 (B,), and of a
 mixture `source` int64 (B,). Image batch in training: `views`, a list of float32 (B, C, H, W), one entry for each view,
 globals before locals, with `label`, `id` and `seed`; in evaluation `image` float32 (B, C, H, W) in place of `views`. An
-`id` of -1 marks padding.
+`id` of -1 marks padding. Of images and text together: {"vision": ..., "language": ...}, see `Joint`.
 """
 
 from data.base import DataModule, Samples
 from data.image_shards import ImageShards
 from data.images import Images
+from data.joint import Joint
 from data.mixture import Mixture
 from data.rand_augment import RandAugment
 from data.text import TextFiles
@@ -20,6 +21,7 @@ __all__ = [
     "DataModule",
     "ImageShards",
     "Images",
+    "Joint",
     "Mixture",
     "MultiCrop",
     "RandAugment",

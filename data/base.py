@@ -15,6 +15,7 @@ faults under the key "faults", where there are any; a callback adds them up.
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, get_args
 
 import lightning as L
@@ -82,8 +83,10 @@ class Samples(Dataset[dict[str, Any]], ABC):
             candidate = sample_seed(seed, attempt, position) % len(self)
         raise UserError(f"{SUBSTITUTES} samples in a row could not be read, and the last error was: {last}")
 
-    def batch(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Samples to a batch, with the faults that were met on the way."""
+    def batch(self, samples: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """Samples to a batch, with the faults that were met on the way; None without samples."""
+        if not samples:
+            return None
         faults = [fault for sample in samples for fault in sample.pop("faults")]
         batch = self.collate(samples)
         return {**batch, "faults": faults} if faults else batch
@@ -184,19 +187,26 @@ class DataModule(L.LightningDataModule, ABC):
         sizes: dict[str, str | int] = {f"{name}_samples": self._size(name) for name in ("train", "val", "test")}
         return {"data": type(self).__name__, **self.describe_source(), **sizes}
 
-    def train_dataloader(self) -> Loader:
+    def train_dataloader(self) -> Any:
+        return self.train_loader(self.train_batches(self._position if self.trainer is not None else None))
+
+    def train_batches(self, position: Callable[[int], Key] | None) -> TrainBatches:
+        """The batches of this process; `position` says where a pass starts, see TrainBatches."""
         rank, world_size = self._rank_and_world_size()
-        sampler = TrainBatches(
+        return TrainBatches(
             len(self.splits["train"]),
             self.batch_size,
             self.seed,
             rank,
             world_size,
             self.shuffle_block,
-            self._position if self.trainer is not None else None,
+            position,
             self.splits["train"].ordered,
         )
-        return self._loader(self.splits["train"], sampler)
+
+    def train_loader(self, batches: Sampler[list[Key]]) -> Loader:
+        """A loader of training samples."""
+        return self._loader(self.splits["train"], batches)
 
     def val_dataloader(self) -> Any:
         """A loader of the validation split, or no loader where there is none."""
@@ -240,7 +250,10 @@ class DataModule(L.LightningDataModule, ABC):
         assert self.trainer is not None
         limit = self.trainer.limit_train_batches
         length = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
-        epoch, start = divmod(done, max(1, length))
+        epoch, start = divmod(self._done(), max(1, length))
         # overfit_batches promises the same few batches again and again
         return (0 if self.trainer.overfit_batches else epoch), start  # type: ignore[attr-defined]
+
+    def _done(self) -> int:
+        """Batches that the Trainer has processed since the very beginning."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[union-attr]

@@ -93,6 +93,54 @@ class TrainBatches(Sampler[list[Key]]):
             yield [(epoch, index) for index in indices[self.share].tolist()]
 
 
+class StreamBatches(Sampler[list[Key]]):
+    """Batches of one source of several that take part in the steps of a run, each at its own rate.
+
+    The source runs through its own epochs, one after another, whatever an epoch of the run is: its n-th batch since the
+    beginning is batch n mod length of its epoch n div length. In a step where it is not due, it yields an empty list.
+
+    Args:
+        batches: of the source.
+        steps: of an epoch of the run.
+        numerator, denominator: batches in so many steps; in step t the source is due where floor((t + 1) n / d) is
+            above floor(t n / d), so that its turns are spread evenly. At most one batch a step.
+        position: called with `steps` at the start of every pass, returns (step since the very beginning, first step in
+            this epoch).
+    """
+
+    def __init__(
+        self,
+        batches: TrainBatches,
+        steps: int,
+        numerator: int,
+        denominator: int,
+        position: Callable[[int], tuple[int, int]],
+    ) -> None:
+        self.batches, self.steps, self.position = batches, steps, position
+        self.numerator, self.denominator = numerator, denominator
+
+    def __len__(self) -> int:
+        """Steps in a full epoch, wherever the current one starts."""
+        return self.steps
+
+    def number(self, step: int) -> int:
+        """Batches of the source before a step."""
+        return step * self.numerator // self.denominator
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        first, start = self.position(self.steps)
+        batches = self._from(self.number(first))
+        for step in range(first, first + self.steps - start):
+            yield next(batches) if self.number(step + 1) > self.number(step) else []
+
+    def _from(self, number: int) -> Iterator[list[Key]]:
+        epoch, start = divmod(number, len(self.batches))
+        while True:
+            self.batches.set_epoch(epoch, start)
+            yield from self.batches
+            epoch, start = epoch + 1, 0
+
+
 class EvalBatches(Sampler[list[Key]]):
     """Every sample once, in order, as epoch 0; the last batch may be smaller.
 

@@ -63,7 +63,8 @@ from .run_folder import (
 from .trainer_options import check_devices, check_length, validation_rhythm
 
 COMMANDS = ("fit", "validate", "test", "predict")
-DEFAULT_CLASSES = {"data.transform": "data.SingleView"}  # what the data modules take without one
+# what the data modules take without one
+DEFAULT_CLASSES = {"data.transform": "data.SingleView", "data.vision.transform": "data.SingleView"}
 TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "check_val_every_n_epoch": None,
@@ -284,6 +285,8 @@ class MoaCLI(LightningCLI):
         """Validate again with the gates at their mean over training data; both results go to held_gates.json."""
         if self.trainer.world_size > 1:
             raise UserError("--freeze_gates needs the whole net in one process: set --trainer.devices 1")
+        if isinstance(self.model, tasks.Joint) and self.model.tie:
+            raise UserError("--freeze_gates holds each mix at its own mean, which tied ones cannot have")
         trained = self._metrics()
         self.model.keep_weights()
         self.model.to(self.trainer.strategy.root_device).eval()
@@ -321,6 +324,12 @@ class MoaCLI(LightningCLI):
 def check_kind(task: L.LightningModule, datamodule: L.LightningDataModule) -> None:
     """Raise UserError for data that a task cannot train on."""
     name, source = type(task).__name__, type(datamodule).__name__
+    if isinstance(task, tasks.Joint) and isinstance(datamodule, data.Joint):
+        for domain, part in task.parts.items():
+            check_kind(part, datamodule.parts[domain])
+        return
+    if isinstance(task, tasks.Joint) or isinstance(datamodule, data.Joint):
+        raise UserError(f"{name} does not train on {source}; the task Joint needs --data Joint, and no other task does")
     if isinstance(task, SelfSupervised | tasks.ImageClassification) and isinstance(datamodule, TextModule):
         raise UserError(f"{name} trains on images, and {source} is text; choose --data Images or --data ImageShards")
     if isinstance(task, tasks.LanguageModeling) and isinstance(datamodule, ImageModule):

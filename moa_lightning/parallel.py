@@ -5,6 +5,8 @@ Lightning's own default shards nothing and lets all ranks read the same data. Ne
 sharded, and then given their initial values, which depend on (seed, name) only: see models/init.py.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +23,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .checkpoint_reading import load_into, split_tensors
 from .checkpoints import RunCheckpointIO
 from .errors import UserError
+from .feedforward import FeedForward
 from .kernels import compiler_works
 from .mixing import MixCoefficients
 from .moe import Router
@@ -138,12 +141,21 @@ def shard(
     policy = MixedPrecisionPolicy()
     if low_precision_parameters:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in transformer_blocks(net):
-        exact: list[nn.Module] = [module for module in block.modules() if isinstance(module, MixCoefficients | Router)]
+    blocks, whole = transformer_blocks(net), replicated_parameters(net)
+    for parameter in whole:  # the others are moved where they are sharded
+        parameter.data = parameter.data.to(mesh.device_type)
+    for unit in [*shared_layers(blocks), *blocks]:  # a layer of several blocks is gathered by itself
+        exact: list[nn.Module] = [
+            module
+            for module in unit.modules()
+            if isinstance(module, MixCoefficients | Router)
+            and not isinstance(module, FSDPModule)
+            and not whole.intersection(module.parameters(recurse=False))
+        ]
         if low_precision_parameters and exact:  # bfloat16 would round coefficients and logits before they are used
             fully_shard(exact, mesh=mesh)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(net, mesh=mesh, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    fully_shard(net, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for method in methods:
         register_fsdp_forward_method(net, method)
 
@@ -152,6 +164,36 @@ def transformer_blocks(net: nn.Module) -> list[nn.Module]:
     """The members of the ModuleLists and Sequentials named `blocks`."""
     stacks = [module for name, module in net.named_modules() if name.rpartition(".")[2] == "blocks"]
     return [block for stack in stacks for block in stack.children()]
+
+
+def shared_layers(blocks: list[nn.Module]) -> list[nn.Module]:
+    """Feed-forward layers that stand in more than one block."""
+    places = Counter(layer for block in blocks for layer in block.modules() if isinstance(layer, FeedForward))
+    return [layer for layer, count in places.items() if count > 1]
+
+
+def replicated_parameters(net: nn.Module) -> set[nn.Parameter]:
+    """Parameters that no part of the devices can own: all of the mixes, where two mixes share one.
+
+    FSDP2 shards what lies in one unit. Mixes are small, and all of them stay whole, as torch's optimisers take a group
+    of either kind. Their gradients are averaged by `average_gradients`.
+    """
+    mixes = [module for module in net.modules() if isinstance(module, MixCoefficients)]
+    parameters = [parameter for mix in mixes for parameter in mix.parameters(recurse=False)]
+    return set(parameters) if len(set(parameters)) < len(parameters) else set()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of parameters that every process holds whole; called by all processes in the same order."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def checkpoint_blocks(net: nn.Module, selective: bool = False) -> None:

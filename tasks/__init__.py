@@ -3,7 +3,8 @@
 from .base import Task
 from .dino import DINO
 from .image_classification import ImageClassification
+from .joint import Joint
 from .language_modeling import LanguageModeling
 from .mae import MAE
 
-__all__ = ["DINO", "MAE", "ImageClassification", "LanguageModeling", "Task"]
+__all__ = ["DINO", "MAE", "ImageClassification", "Joint", "LanguageModeling", "Task"]

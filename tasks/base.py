@@ -8,6 +8,7 @@ hyper-parameters, so that a checkpoint can be loaded without it.
 import math
 import os
 import random
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -22,7 +23,14 @@ from moa_lightning.controls import start_mixes
 from moa_lightning.errors import UserError
 from moa_lightning.evaluation.token_classes import TokenClasses
 from moa_lightning.models.init import materialize, without_matrices, without_start
-from moa_lightning.optim import NO_AVERAGE, OptimizerConfig, WeightAverage, build_optimizer, total_norm
+from moa_lightning.optim import (
+    NO_AVERAGE,
+    OptimizerConfig,
+    WeightAverage,
+    build_optimizer,
+    split_sharded,
+    total_norm,
+)
 from moa_lightning.parallel import FSDPStrategy, checkpoint_blocks, compile_blocks
 from moa_lightning.random import named_seed
 
@@ -37,6 +45,8 @@ def as_config(kind: type[Config], value: Any) -> Config:
 
 class Task(L.LightningModule):
     """Base of the tasks. Subclasses give `build`, `training_step` and the evaluation.
+
+    A task may be a part of another one (`Joint`), which then names its `domain`, takes what it logs and steps for it.
 
     Args:
         optimizer: AdamW or Muon, and the schedule.
@@ -61,18 +71,32 @@ class Task(L.LightningModule):
         self.average: WeightAverage | None = None
         self._exchanged = False  # the averages are in the net, and its weights where the averages belong
         self.missing_starts: list[Path] = []
+        self.domain: str | None = None
+        self.joint_log: Callable[..., None] | None = None
         self.step_skipped = torch.zeros(())  # 1 where the last optimiser step was skipped
 
     def keep_hyperparameters(self, **values: Any) -> None:
         """Store constructor arguments as plain values, which checkpoints can hold without running code."""
         self.save_hyperparameters({name: _plain(value) for name, value in values.items()})
 
+    @property
+    def data(self) -> Any:
+        """The data module; of a part of a joint task, its own."""
+        whole = self.trainer.datamodule  # type: ignore[attr-defined]
+        return whole if self.domain is None else whole.parts[self.domain]
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; a part of a joint task logs through that one, with its domain behind the name."""
+        if self.joint_log is None:
+            super().log(name, *args, **kwargs)
+        else:
+            self.joint_log(f"{name}_{self.domain}", *args, **kwargs)
+
     def from_data(self, name: str) -> Any:
         """The value of an argument that was left open: the data module's attribute of that name."""
         value = self.hparams[name]
         if value is None:
-            data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
-            value = getattr(data, name, None)
+            value = getattr(None if self._trainer is None else self.data, name, None)
             if value is None:
                 raise UserError(f"{name} is open: give model.init_args.{name}, or train with data that know it")
             self.hparams[name] = value
@@ -95,17 +119,43 @@ class Task(L.LightningModule):
             )
         if self.seed is None:
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
+        self.choose()
         self.net = self._build(self.seed)
         self.missing_starts = start_mixes(self.net)
-        if self.activation_checkpointing:
-            checkpoint_blocks(self.net, selective=self.activation_checkpointing == "selective")
-        if self.compile_net:
-            compile_blocks(self.net)
+        self.equip()
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.shard(self.net, self.forward_methods)
         materialize(self.net)
         if decay:
             self.average = WeightAverage(self.net, decay)
+        self.watch()
+
+    def choose(self) -> None:
+        """Fill in options that were left open, before the net is built."""
+
+    def equip(self) -> None:
+        """Have the net's blocks recomputed or compiled as the options say, before it is sharded."""
+        if self.activation_checkpointing:
+            checkpoint_blocks(self.net, selective=self.activation_checkpointing == "selective")
+        if self.compile_net:
+            compile_blocks(self.net)
+
+    def watch(self) -> None:
+        """Hang on the finished net what a training step leaves for callbacks."""
+
+    def choose_schedules(self) -> None:
+        """Fill in options that depend on the length of the run, before the optimiser is made."""
+
+    def before_step(self) -> float | None:
+        """What `after_step` needs to know from before the optimiser's step."""
+        return None
+
+    def after_step(self, before: float | None) -> None:
+        """Move what follows the trained parameters."""
+
+    def trunk(self) -> nn.Module:
+        """The transformer of the net that is trained and kept."""
+        raise TypeError(f"{type(self).__name__} does not name its trunk")
 
     def _build(self, seed: int) -> nn.Module:
         """The net without the matrices whose values follow from (seed, name), or whole where not all of them do.
@@ -139,14 +189,19 @@ class Task(L.LightningModule):
         torch.manual_seed(seed)
 
     def configure_optimizers(self) -> Any:
-        config = self.optimizer_config.of_run(self.samples_per_step, self.total_steps)
-        if self.optimizer_config.reference_batch is not None:
-            self.chosen["lr"] = config.lr
-        built = build_optimizer(self.net, config, self.total_steps, self.learning_rates())
+        built = build_optimizer(self.net, self.run_config(), self.total_steps, self.learning_rates())
         average = self.average
         if average is not None:
             built["optimizer"].register_step_post_hook(lambda *_: average.follow(self.net, self.global_step))
         return built
+
+    def run_config(self) -> OptimizerConfig:
+        """The optimiser's settings for this run, everything that was left open filled in."""
+        self.choose_schedules()
+        config = self.optimizer_config.of_run(self.samples_per_step, self.total_steps)
+        if self.optimizer_config.reference_batch is not None:
+            self.chosen["lr"] = config.lr
+        return config
 
     def learning_rates(self) -> dict[str, float] | None:
         """Learning rate of each parameter of the net in units of the optimiser's; None: all have the same."""
@@ -198,6 +253,11 @@ class Task(L.LightningModule):
                 weight, average = f"net.{name}", f"average.{name}"
                 state[weight], state[average] = state[average], state[weight]
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        before = self.before_step()
+        super().optimizer_step(*args, **kwargs)
+        self.after_step(before)
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -214,10 +274,11 @@ class Task(L.LightningModule):
         norm = total_norm(p.grad for p in parameters if p.grad is not None)
         self.step_skipped = (~norm.isfinite()).float()
         optimizer.found_inf = self.step_skipped  # type: ignore[attr-defined]
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif gradient_clip_val:
-            self.clip_norm(parameters, gradient_clip_val, norm)
+        for group in split_sharded(parameters):  # torch clips either kind, not both at once
+            if gradient_clip_val and gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(group, gradient_clip_val)
+            elif gradient_clip_val:
+                self.clip_norm(group, gradient_clip_val, norm)
 
     def clip_norm(self, parameters: list[nn.Parameter], largest: float, norm: Tensor) -> None:
         """Scale gradients whose norm, all of them as one vector, is larger than `largest`."""
@@ -226,7 +287,7 @@ class Task(L.LightningModule):
     @property
     def samples_per_step(self) -> int | None:
         """Samples of an optimiser step over all devices; None where the data do not know their batch."""
-        samples = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        samples = getattr(self.data, "batch_size", None)
         return None if samples is None else samples * self.trainer.accumulate_grad_batches
 
     @property

@@ -11,7 +11,7 @@ from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.losses import DINOLoss, koleo_loss
 from moa_lightning.models import SelfDistillation
-from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule, total_norm
+from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule, group_name, total_norm
 
 from .base import Recompute, as_config
 from .vision import SelfSupervised
@@ -127,24 +127,20 @@ class DINO(SelfSupervised):
         self.view_sizes: list[int] = []
         self._student_features: Tensor | None = None
 
-    def configure_model(self) -> None:
-        if self.net is None:
-            if self.hparams["out_dim"] is None:
-                if self._trainer is None:
-                    raise UserError("out_dim is open: give model.init_args.out_dim, or train with data that know it")
-                data = self.trainer.datamodule  # type: ignore[attr-defined]
-                self._choose("out_dim", default_out_dim(data.train_samples))
-            h = self.hparams
-            self.loss = DINOLoss(h["out_dim"], h["student_temperature"], h["center_momentum"])
-        super().configure_model()
+    def choose(self) -> None:
+        if self.hparams["out_dim"] is None:
+            if self._trainer is None:
+                raise UserError("out_dim is open: give model.init_args.out_dim, or train with data that know it")
+            self._choose("out_dim", default_out_dim(self.data.train_samples))
+        h = self.hparams
+        self.loss = DINOLoss(h["out_dim"], h["student_temperature"], h["center_momentum"])
 
-    def configure_optimizers(self) -> Any:
+    def choose_schedules(self) -> None:
         steps = self.total_steps
         if self.hparams["teacher_momentum"] is None:
             self._choose("teacher_momentum", default_momentum(steps))
         if self.hparams["teacher_temperature"] is None:
             self._choose("teacher_temperature", 0.07 if steps >= LONG_RUN else 0.04)
-        return super().configure_optimizers()
 
     def _choose(self, name: str, value: Any) -> None:
         """Fill in an option that was left open; the start of the log says so, and the checkpoint holds it."""
@@ -168,7 +164,7 @@ class DINO(SelfSupervised):
         self.load_weights(net.student.backbone, net.teacher.backbone)
         return net
 
-    def watch_features(self) -> None:
+    def watch(self) -> None:
         """Features on their way into the heads: the teacher's of the first global crop to be watched, the student's
         of all crops for KoLeo."""
 
@@ -210,6 +206,9 @@ class DINO(SelfSupervised):
     def evaluated_backbone(self) -> Any:
         return self.net.teacher.backbone
 
+    def trunk(self) -> nn.Module:
+        return self.net.student.backbone
+
     def teacher_temperature(self) -> float:
         h = self.hparams
         warmup = h["teacher_temperature_warmup"]
@@ -224,7 +223,7 @@ class DINO(SelfSupervised):
         if final is not None:
             decay = cosine_schedule(self.optimizer_config.weight_decay, final, self.progress)
             for group in optimizer.param_groups:
-                if group["name"] in DECAYING:
+                if group["name"] in [group_name(name, self.domain) for name in DECAYING]:
                     group["weight_decay"] = decay
 
     def clip_norm(self, parameters: list[nn.Parameter], largest: float, norm: Tensor) -> None:
@@ -235,10 +234,13 @@ class DINO(SelfSupervised):
             if parameter.grad is not None:
                 torch.nn.utils.clip_grads_with_norm_([parameter], largest, total_norm([parameter.grad]))
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        momentum = cosine_schedule(self.hparams["teacher_momentum"], 1.0, self.progress)
-        super().optimizer_step(*args, **kwargs)
-        self.net.update_teacher(momentum)
+    def before_step(self) -> float:
+        """The teacher's momentum."""
+        return cosine_schedule(self.hparams["teacher_momentum"], 1.0, self.progress)
+
+    def after_step(self, before: float | None) -> None:
+        assert before is not None
+        self.net.update_teacher(before)
 
     def flops_per_sample(self) -> float:
         student, teacher = self.net.flops_per_image(self.view_sizes)

@@ -132,6 +132,9 @@ class LanguageModeling(Task):
             return nll, torch.zeros_like(nll)
         return nll, logits.logsumexp(-1).masked_fill(targets == IGNORED, 0.0)
 
+    def trunk(self) -> nn.Module:
+        return self.net
+
     def mix_forward(self, batch: dict[str, Any]) -> None:
         self.net(batch["tokens"], documents=batch.get("documents"))
 
@@ -151,7 +154,7 @@ class LanguageModeling(Task):
         return {"id": batch["id"], "loss": self.nll(batch).sum(1) / counted}
 
     def _evaluate(self, split: str, metrics: TextMetrics, batch: dict[str, Any]) -> None:
-        data, targets = self.trainer.datamodule, batch["targets"]  # type: ignore[attr-defined]
+        data, targets = self.data, batch["targets"]
         nll = self.nll(batch)
         metrics.update(nll, targets, data.token_bytes)
         if "source" not in batch:
@@ -172,7 +175,7 @@ class LanguageModeling(Task):
         values = metrics.compute()  # sums over all processes: every rank logs the same
         metrics.reset()
         for number, own in self._by_source.items():
-            name = self.trainer.datamodule.source_names(split)[number]  # type: ignore[attr-defined]
+            name = self.data.source_names(split)[number]
             loss = own.compute()["loss"]
             if not loss.isnan():  # a short validation may not reach a source
                 values[f"loss_{name}"] = loss
@@ -190,13 +193,13 @@ class LanguageModeling(Task):
         return self.net.parameter_count(active=True)
 
     def token_classes(self, batch: dict[str, Any]) -> TokenClasses:
-        decode = self.trainer.datamodule.decode  # type: ignore[attr-defined]
+        decode = self.data.decode
         return text_classes([[decode([token]) for token in row] for row in batch["tokens"].tolist()])
 
     @torch.no_grad()
     def texts(self) -> dict[str, str]:
         """A continuation of a line break, sampled at temperature 0.8 from the same seed every time."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.data
         prompt = torch.tensor([data.encode("\n")], device=self.device)
         generator = torch.Generator().manual_seed(0)
         with self.trainer.precision_plugin.forward_context():

@@ -103,7 +103,7 @@ class MAE(SelfSupervised):
         self.load_weights(net.encoder)
         return net
 
-    def watch_features(self) -> None:
+    def watch(self) -> None:
         """The mean of the visible patches, on their way into the decoder."""
 
         def keep(decoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -127,6 +127,9 @@ class MAE(SelfSupervised):
         self.reconstruct(batch["views"][0], batch["seed"])
 
     def evaluated_backbone(self) -> Any:
+        return self.net.encoder
+
+    def trunk(self) -> nn.Module:
         return self.net.encoder
 
     def evaluate_query(self, batch: dict[str, Any], split: str) -> None:
@@ -158,7 +161,7 @@ class MAE(SelfSupervised):
             predicted = predicted * deviation + target.mean(-1, keepdim=True)
         hidden = mask[:, :, None].to(target.dtype)
         rows = [target * (1 - hidden), target * (1 - hidden) + predicted * hidden, target]
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.data
         grid = self.net.encoder.patch_embed.grid_size
         shown = [picture(unpatchify(row, self.net.patch_size, *grid), data.mean, data.std) for row in rows]
         return {"reconstruction": cells(shown), **super().pictures(batch)}

@@ -29,6 +29,8 @@ PICTURES = 8
 class SelfSupervised(Task):
     """Base of MAE and DINO: features of the net are judged by k-NN (k = 20, T = 0.07, as DINO evaluates).
 
+    `watch` has the net leave the features of a training step.
+
     Attributes:
         train_features: detached (B, D), what the last training step computed of the batch anyway; its callbacks' input.
         eval_features: (B, D) of the last evaluated batch.
@@ -44,11 +46,6 @@ class SelfSupervised(Task):
         self._bank_ids: list[Tensor] = []
         self.missing_weights: str | None = None
 
-    def configure_model(self) -> None:
-        if self.net is None:
-            super().configure_model()
-            self.watch_features()
-
     def load_weights(self, *encoders: Any) -> None:
         """Put `backbone_weights` into vision transformers, in place. A file that is gone is only noted: a run that goes
         on, or is evaluated, has its weights in its checkpoint."""
@@ -63,9 +60,6 @@ class SelfSupervised(Task):
         if self.global_step == 0 and self.missing_weights is not None:
             file = self.missing_weights
             raise UserError(f"model.backbone_weights: there is no '{file}'; name a checkpoint or a file of weights")
-
-    def watch_features(self) -> None:
-        """Have the net leave `train_features` in every training step."""
 
     def features(self, images: Tensor) -> Tensor:
         """Frozen features of images (B, C, H, W) -> (B, D)."""
@@ -89,7 +83,7 @@ class SelfSupervised(Task):
         return {"id": batch["id"], "label": batch["label"], "features": self.features(batch["image"])}
 
     def token_classes(self, batch: dict[str, Any]) -> TokenClasses | None:
-        return token_classes(self.evaluated_backbone(), batch["image"], self.trainer.datamodule)  # type: ignore[attr-defined]
+        return token_classes(self.evaluated_backbone(), batch["image"], self.data)
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -97,7 +91,7 @@ class SelfSupervised(Task):
         backbone = self.evaluated_backbone()
         if not is_plain(backbone):
             return {}
-        images, data = batch["image"][:PICTURES], self.trainer.datamodule  # type: ignore[attr-defined]
+        images, data = batch["image"][:PICTURES], self.data
         with self.trainer.precision_plugin.forward_context():
             seen = look(backbone, images, self.net.features)
         shown, size = picture(images, data.mean, data.std), images.shape[-2:]
@@ -112,7 +106,7 @@ class SelfSupervised(Task):
         """Rows: an image, then its nearest ones of this process's part of the bank, framed by whether the class is the
         same."""
         bank, ids = torch.cat(self._bank_features), torch.cat(self._bank_ids)
-        samples, rows = self.trainer.datamodule.splits["bank"], []  # type: ignore[attr-defined]
+        samples, rows = self.data.splits["bank"], []
         for image, label, found in zip(shown, labels.tolist(), nearest(features.cpu(), bank), strict=False):
             near = [samples.sample(index, 0, 0) for index in ids[found].tolist()]
             pixels = torch.stack([sample["views"][0] for sample in near]) / 255

@@ -110,7 +110,7 @@ def _measure(source: Source, setting: Setting) -> list[Row]:
     for module in modules.values():
         module.setup("fit")
     loaders = {workers: module.train_dataloader() for workers, module in modules.items()}
-    keys = [key for batch in loaders[0].batch_sampler for key in batch]  # type: ignore[union-attr]
+    keys = [key for batch in loaders[0].batch_sampler for key in batch]
     samples: Samples = modules[0].splits["train"]
     calls: dict[str, Callable[[], Any]] = {
         READ: lambda: _exhaust(members(source.paths)),

@@ -46,6 +46,11 @@ def watched(module: L.LightningModule) -> WatchedTask:
     return cast(WatchedTask, module)
 
 
+def domain_of(batch: Any) -> str:
+    """Whether an evaluation batch is of vision or of language; a joint task validates on both."""
+    return "language" if "tokens" in batch else "vision"
+
+
 def steps_in_this_batch(trainer: L.Trainer) -> bool:
     """Whether the optimiser steps at the end of the current training batch (it does not while gradients accumulate)."""
     return not trainer.fit_loop._should_accumulate()

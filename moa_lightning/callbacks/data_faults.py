@@ -35,7 +35,8 @@ class DataFaults(L.Callback):
 
     def _count(self, batch: Any) -> None:
         if isinstance(batch, dict):
-            self._counts.update((kind, file) for kind, file in batch.get("faults", ()))
+            for part in (batch, *(value for value in batch.values() if isinstance(value, dict))):
+                self._counts.update((kind, file) for kind, file in part.get("faults", ()))
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self._count(batch)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..controls import MIXING
 from ..evaluation.token_classes import TokenClasses
 from ..mixing import MixCoefficients
-from .common import run_folder, tensorboard_step, tensorboard_writer, watched, write_scalars
+from .common import domain_of, run_folder, tensorboard_step, tensorboard_writer, watched, write_scalars
 from .figures import OverTime, Picture, draw_over_time, draw_patches, evenly, keep_latest, publish
 from .files import write_json
 from .mixing import (
@@ -86,7 +86,8 @@ class LearnedMixes(L.Callback):
         self._marks: dict[str, dict[str, Any]] = {}  # share of the run -> {"step": ..., "means": {layer: (K,)}}
         self._seen: dict[str, Seen] = {}
         self._histograms: dict[str, Tensor] = {}
-        self._batch: Any = None
+        self._batches: dict[str, Any] = {}  # by domain
+        self._domains: dict[str, str] = {}  # of the mixes
         self._hooks = ExitStack()
         self._run_dir: Path | None = None
 
@@ -109,10 +110,14 @@ class LearnedMixes(L.Callback):
         mixes = {n: m for n, m in pl_module.named_modules() if isinstance(m, MixCoefficients) and not m.stack}
         if not mixes:
             return
-        self._seen, self._histograms, self._batch = {}, {}, batch
+        domain = domain_of(batch)
+        self._batches[domain] = batch
+        for name in [name for name, of in self._domains.items() if of == domain]:  # the domain's last loader counts
+            for found in (self._seen, self._histograms, self._domains):
+                found.pop(name, None)
         projections = projections_of_mixes(pl_module)
         for name, module in mixes.items():
-            self._hooks.callback(module.register_forward_pre_hook(self._mix_hook(name)).remove)
+            self._hooks.callback(module.register_forward_pre_hook(self._mix_hook(name, domain)).remove)
             if module in projections:
                 self._hooks.callback(projections[module].register_forward_hook(self._input_hook(name)).remove)
         if any(is_compiled(module) for module in pl_module.modules()):
@@ -132,9 +137,10 @@ class LearnedMixes(L.Callback):
             self._seen[name].histogram = histogram
         names = short_names(list(self._seen))
         layers = {names[name]: (name, mixes[name], seen) for name, seen in self._seen.items()}
-        classes = watched(pl_module).token_classes(self._batch)
-        self._seen, self._histograms, self._batch = {}, {}, None
-        facts = {layer: _facts(name, mix, seen, classes) for layer, (name, mix, seen) in layers.items()}
+        by_domain = {domain: watched(pl_module).token_classes(batch) for domain, batch in self._batches.items()}
+        classes = {layer: by_domain[self._domains[name]] for layer, (name, _, _) in layers.items()}
+        self._seen, self._histograms, self._batches, self._domains = {}, {}, {}, {}
+        facts = {layer: _facts(name, mix, seen, classes[layer]) for layer, (name, mix, seen) in layers.items()}
         due = self._note_marks(trainer, {layer: fact["mean"] for layer, fact in facts.items()})
         writer = tensorboard_writer(trainer)
         if writer is not None:
@@ -157,7 +163,7 @@ class LearnedMixes(L.Callback):
             self._marks[str(mark)] = {"step": trainer.global_step, "means": means}
         return bool(passed) or done == 0 or done >= 1
 
-    def _mix_hook(self, name: str) -> Any:
+    def _mix_hook(self, name: str, domain: str) -> Any:
         def see(module: MixCoefficients, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[-1]
             if name in self._seen or x.dim() < 2:  # the first pass is the one over whole samples
@@ -171,6 +177,7 @@ class LearnedMixes(L.Callback):
                     entropy = gate_entropy(gates.reshape(tokens.numel(), -1), module.gate).view(tokens)
                 coefficients = module.coefficients(x).reshape(*tokens, -1)
                 self._seen[name] = Seen(coefficients.double().cpu(), None if entropy is None else entropy.cpu())
+                self._domains[name] = domain
 
         return see
 
@@ -182,7 +189,10 @@ class LearnedMixes(L.Callback):
         return see
 
     def _draw(
-        self, trainer: L.Trainer, layers: dict[str, tuple[MixCoefficients, Seen]], classes: TokenClasses | None
+        self,
+        trainer: L.Trainer,
+        layers: dict[str, tuple[MixCoefficients, Seen]],
+        classes: dict[str, TokenClasses | None],
     ) -> None:
         single = {layer: (mix, seen) for layer, (mix, seen) in layers.items() if mix.entry_axes == 1}
         if not single:
@@ -192,10 +202,16 @@ class LearnedMixes(L.Callback):
         self._send(trainer, draw_over_time(panels, curve_points(), title), "training")
         ends = {layer: most_different(seen, mix.entries) for layer, (mix, seen) in single.items()}
         found = {layer: each for layer, each in ends.items() if each is not None}
+        for kind in {id(each): each for each in classes.values() if each is not None}.values():
+            own = {layer: each for layer, each in found.items() if classes[layer] is kind}
+            self._draw_examples(trainer, {layer: single[layer][1] for layer in own}, own, kind)
+
+    def _draw_examples(
+        self, trainer: L.Trainer, layers: dict[str, Seen], found: dict[str, Ends], classes: TokenClasses
+    ) -> None:
+        """The tokens of one domain whose mixes differ most."""
         chosen = evenly(list(found), EXAMPLE_MIXES)
-        if classes is None or not chosen:
-            return
-        shape = {layer: single[layer][1].coefficients.shape[:2] for layer in chosen}
+        shape = {layer: layers[layer].coefficients.shape[:2] for layer in chosen}
         chosen = [layer for layer in chosen if shape[layer][1] == classes.ids.shape[1]]
         if classes.pieces is not None and chosen:
             text = "\n\n".join(text_examples(layer, found[layer], classes.pieces) for layer in chosen)

@@ -41,7 +41,8 @@ class OnlineProbe(L.Callback):
         self._wake(pl_module)
         if self.probe is None:
             self.probe = LinearProbe(features.shape[1], classes, pl_module.device)
-        self.probe.update(features, batch["label"])
+        labels = batch["label"] if "label" in batch else batch["vision"]["label"]  # of images beside text
+        self.probe.update(features, labels)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
         self._judge(pl_module, *arguments[1:])

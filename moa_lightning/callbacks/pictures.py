@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from .common import run_folder, tensorboard_step, tensorboard_writer, watched
+from .common import domain_of, run_folder, tensorboard_step, tensorboard_writer, watched
 from .figures import encode, keep_latest, publish
 
 
@@ -33,7 +33,7 @@ class Pictures(L.Callback):
     def __init__(self, every_n_validations: int = 1, samples: int = 8, keep: int = 3) -> None:
         self.every_n_validations, self.samples, self.keep = every_n_validations, samples, keep
         self._validations = 0
-        self._batch: Any = None
+        self._batches: dict[str, Any] = {}
         self._run_dir: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,20 +49,22 @@ class Pictures(L.Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Hold the first batch of the last loader: the query images, not the bank they are compared with."""
+        """Hold the first batch of a domain's last loader: the query images, not the bank they are compared with."""
         if batch_idx == 0:
-            self._batch = {k: v[: self.samples] if isinstance(v, Tensor) else v for k, v in batch.items()}
+            held = {k: v[: self.samples] if isinstance(v, Tensor) else v for k, v in batch.items()}
+            self._batches[domain_of(batch)] = held
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        batch, self._batch = self._batch, None
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or batch is None:
+        batches, self._batches = self._batches, {}
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not batches:
             return
         self._validations += 1
         if self._validations % self.every_n_validations:
             return
         task = watched(pl_module)
         with isolate_rng(), torch.no_grad(), trainer.precision_plugin.val_step_context():
-            pictures, texts = task.pictures(batch), task.texts()
+            pictures = {name: made for batch in batches.values() for name, made in task.pictures(batch).items()}
+            texts = task.texts()
         if trainer.is_global_zero:
             for name, picture in pictures.items():
                 self._write_picture(trainer, name, picture)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..feedforward import FFNConfig
+from ..optim.norms import split_sharded
 from .init import initialize, vision_rule
 from .vit import blocks_flops, build_vit, check_size, is_plain
 
@@ -138,7 +139,8 @@ class SelfDistillation(nn.Module):
         """teacher = momentum · teacher + (1 - momentum) · student, parameter by parameter."""
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        for olds, news in zip(split_sharded(teacher), split_sharded(student), strict=True):
+            torch._foreach_lerp_(olds, news, 1 - momentum)
         for old, new in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
             old.copy_(new)
 

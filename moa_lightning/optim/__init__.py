@@ -3,19 +3,31 @@
 from .average import NO_AVERAGE, WeightAverage, net_weights
 from .groups import DECAYING, parameter_groups
 from .muon import MuonAdamW
-from .norms import total_norm
-from .schedules import OptimizerConfig, build_optimizer, cosine_schedule, learning_rate_factor
+from .norms import split_sharded, total_norm
+from .schedules import (
+    Optimized,
+    OptimizerConfig,
+    build_joint_optimizer,
+    build_optimizer,
+    cosine_schedule,
+    group_name,
+    learning_rate_factor,
+)
 
 __all__ = [
     "DECAYING",
     "NO_AVERAGE",
     "MuonAdamW",
+    "Optimized",
     "OptimizerConfig",
     "WeightAverage",
+    "build_joint_optimizer",
     "build_optimizer",
     "cosine_schedule",
+    "group_name",
     "learning_rate_factor",
     "net_weights",
     "parameter_groups",
+    "split_sharded",
     "total_norm",
 ]

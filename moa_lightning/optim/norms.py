@@ -1,13 +1,15 @@
-"""The norm of all gradients as one vector, sharded or not."""
+"""The norm of all gradients as one vector, sharded or not; sharded and plain tensors apart."""
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
@@ -22,3 +24,14 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     norms = [get_total_norm(group) for group in groups.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def split_sharded(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
+    """Plain tensors and sharded ones apart, each in order; kinds without members are left out.
+
+    torch's operations on lists of tensors take one kind at a time.
+    """
+    kinds: dict[bool, list[AnyTensor]] = {False: [], True: []}
+    for tensor in tensors:
+        kinds[isinstance(tensor, DTensor)].append(tensor)
+    return [kind for kind in kinds.values() if kind]

@@ -7,9 +7,9 @@ several lengths can be branched from checkpoints of one: docs/optimizers.md.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -130,29 +130,71 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
     return config.final_lr_factor + (1 - config.final_lr_factor) * left
 
 
+def group_name(name: str, domain: str | None) -> str:
+    """Name of a parameter group; in an optimiser for several nets with the domain of its net."""
+    return name if domain is None else f"{name}_{domain}"
+
+
+class Optimized(NamedTuple):
+    """A net and how it is optimised."""
+
+    net: nn.Module
+    config: OptimizerConfig
+    """of one run, see `OptimizerConfig.of_run`"""
+    rates: Mapping[str, float] | None = None
+    """multiplies the learning rate of each parameter, by its name; None: all have that of the config"""
+
+
 def build_optimizer(
     net: nn.Module, config: OptimizerConfig, total_steps: int, rates: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """The optimiser and its per-step schedule, as Lightning's configure_optimizers wants them.
 
     Args:
-        config: of one run, see `OptimizerConfig.of_run`.
+        net, config, rates: as in Optimized.
         total_steps: optimiser steps of the run.
-        rates: multiplies the learning rate of each parameter, by its name; None: all have that of the config.
     """
+    return build_joint_optimizer({None: Optimized(net, config, rates)}, total_steps)
+
+
+def build_joint_optimizer(parts: Mapping[str | None, Optimized], total_steps: int) -> dict[str, Any]:
+    """One optimiser for several nets, each with its own settings and schedule.
+
+    Args:
+        parts: by domain. A parameter that several nets share belongs to the first of them.
+        total_steps: optimiser steps of the run.
+    """
+    groups: list[dict[str, Any]] = []
+    factors: list[Callable[[int], float]] = []
+    taken: set[int] = set()
+    for domain, part in parts.items():
+        config = part.config
+        for group in _groups(part):
+            params = [p for p in group["params"] if id(p) not in taken]
+            if params:
+                name = group_name(group["name"], domain)
+                groups.append({**group, "params": params, "name": name, "betas": config.betas, "eps": config.eps})
+                factors.append(_factor(total_steps, config))
+        taken |= {id(p) for p in part.net.parameters()}
+    muon = any(group.get("momentum") is not None for group in groups)
+    kind: type[torch.optim.AdamW] = MuonAdamW if muon else torch.optim.AdamW
+    first = next(part.config for part in parts.values())
+    fused = all(_can_fuse(part.net) for part in parts.values())
+    optimizer = kind(groups, lr=first.lr, betas=first.betas, eps=first.eps, fused=fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _groups(part: Optimized) -> list[dict[str, Any]]:
+    net, config, rates = part
     patterns = config.muon_parameters if config.name == "muon" else ()
     groups = parameter_groups(net, config.lr, config.weight_decay, config.mixing_lr_factor, patterns)
-    for group in groups:
-        if group["name"] == "muon":
-            group["momentum"] = config.momentum
-    if rates is not None:
-        groups = scale_rates(net, groups, rates)
-    kind: type[torch.optim.AdamW] = MuonAdamW if patterns else torch.optim.AdamW
-    optimizer = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_can_fuse(net))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, total_steps, config)
-    )
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    groups = [{**group, "momentum": config.momentum} if group["name"] == "muon" else group for group in groups]
+    return groups if rates is None else scale_rates(net, groups, rates)
+
+
+def _factor(total_steps: int, config: OptimizerConfig) -> Callable[[int], float]:
+    return lambda step: learning_rate_factor(step, total_steps, config)
 
 
 def _can_fuse(net: nn.Module) -> bool:

@@ -134,6 +134,8 @@ def read_settings(config: dict[str, Any], options: list[Option], fragments: list
         merged = Path(folder) / "config.yaml"
         merged.write_text(yaml.safe_dump(tree.config, sort_keys=False))
         fit = _ParsedFit(["fit", "--config", str(merged), *map(str, options)], [])
+    if isinstance(fit.datamodule, data.Joint):
+        raise UserError("moa plan knows fits of one task; plan the two parts of a Joint one by one")
     trainer = fit.config["fit"]["trainer"]
     check_length(trainer)
     strategy, sharding = _strategy(trainer["strategy"])

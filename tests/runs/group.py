@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import fits
+from . import fits, joint_fits
 from .fits import ROOT, Record
 
 SECONDS = 480  # a group that takes longer hangs
@@ -28,7 +28,10 @@ def free_port() -> int:
 
 
 def run_group(kind: str, folder: Path, world_size: int = 2, program: str = "program") -> list[dict[str, Record]]:
-    """Run a program of fits.py in several processes; returns the records of each rank. Errors as in `start_group`."""
+    """Run a program of fits.py or joint_fits.py in several processes; returns the records of each rank.
+
+    Errors as in `start_group`.
+    """
     start_group(["tests.runs.group", program, kind, str(folder)], folder, world_size)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
 
@@ -85,7 +88,7 @@ def main(program: str, kind: str, folder: Path) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)  # also where nobody is left to kill this process
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    records = getattr(fits, program)(kind, folder)
+    records = getattr(fits if hasattr(fits, program) else joint_fits, program)(kind, folder)
     torch.save(records, folder / f"rank{os.environ['RANK']}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
