@@ -3,16 +3,15 @@
 `token_means` averages the coefficients c(x) of each mix over tokens; `hold_mixes` puts constants in their place, after
 which a MoA layer is an LA layer, with the parameters of one. What is lost by it is what the gates add to the best that
 one mix for all tokens could keep of them. `start_mixes` gives an LA net the means that a finished run has written
-(mixing.json): what remains between it and MoA is not a better start.
+(mixing.json): what remains between it and MoA is not a better start. It also gives a net the mixes of a run in another
+domain, a MoA net with its gates (transplants.py).
 """
 
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,19 @@ from torch import Tensor, nn
 from .errors import UserError
 from .feedforward import FeedForward
 from .mixing import MixCoefficients
+from .transplants import MIXING, TWIN, check_dictionary, matched, read_mixes, source_file, start_gated
 
-MIXING = "mixing.json"  # in a run's folder
-TWIN = re.compile(r"^(student|teacher)\.")  # the two nets of a self-distillation start alike
+__all__ = ["MIXING", "Starts", "hold_mixes", "read_means", "start_mixes", "token_means"]
+
+
+class Starts(NamedTuple):
+    """What came of `start_mixes`."""
+
+    missing: list[Path]
+    """files that do not exist; their layers keep the start that they have. That is no mistake where a checkpoint
+    overwrites it, so the caller decides"""
+    said: list[str]
+    """what was carried over, and what not"""
 
 
 @torch.no_grad()
@@ -85,46 +94,45 @@ def hold_mixes(net: nn.Module, means: Mapping[str, Tensor]) -> list[str]:
     return held
 
 
-def start_mixes(net: nn.Module) -> list[Path]:
+def start_mixes(net: nn.Module) -> Starts:
     """Set the start of all layers whose config has `start_from`.
 
-    Returns:
-        The files that do not exist; their layers keep the start that they have. That is no mistake where a checkpoint
-        overwrites it, so the caller decides.
-
     Raises:
-        UserError: a file is damaged, or about another net.
+        UserError: a file is damaged, or about a net whose mixes do not fit.
     """
     layers = {n: m for n, m in net.named_modules() if isinstance(m, FeedForward) and m.config.start_from}
-    missing = []
-    for source in dict.fromkeys(str(layer.config.start_from) for layer in layers.values()):
-        path = _file(source)
-        if not path.is_file():
-            missing.append(path)
+    sources = dict.fromkeys((str(m.config.start_from), m.config.mixing == "moa") for m in layers.values())
+    found = Starts([], [])
+    for source, gated in sources:
+        path = source_file(source, gated)
+        if not path.exists():
+            found.missing.append(path)
             continue
-        known = {TWIN.sub("", name): mean for name, mean in read_means(path).items()}
-        about = {name: layer for name, layer in layers.items() if layer.config.start_from == source}
-        wanted = [f"{name}.{attribute}" for name, layer in about.items() for attribute in layer.mixings()]
-        for name in wanted:
-            if TWIN.sub("", name) not in known:
-                raise UserError(f"{path} knows no mix '{name}': ffn.start_from must name a run of the same net")
-        hold_mixes(net, {name: known[TWIN.sub("", name)] for name in wanted})
-    return missing
+        about = {n: m for n, m in layers.items() if (m.config.start_from, m.config.mixing == "moa") == (source, gated)}
+        mixes = {f"{name}.{attribute}": mix for name, m in about.items() for attribute, mix in m.mixings().items()}
+        known = read_mixes(path)
+        given = matched(list(mixes), known, path)
+        by = "name" if all(TWIN.sub("", name) in known for name in mixes) else "place"
+        anew: dict[str, None] = {}  # reasons why gates start anew
+        for name, other in given.items():
+            if gated:
+                anew[start_gated(mixes[name], other, name, path)] = None
+            else:
+                check_dictionary(mixes[name], other, path)
+        if not gated:
+            hold_mixes(net, {name: other.base for name, other in given.items()})
+        found.said.append(_said(path, gated, by, (len(given), len(mixes)), [reason for reason in anew if reason]))
+    return found
+
+
+def _said(path: Path, gated: bool, by: str, counts: tuple[int, int], anew: list[str]) -> str:
+    carried, mixes = counts
+    what = "α" if not gated or anew else "α and the gates"
+    rest = f", and {mixes - carried} elsewhere keep their own start" if mixes > carried else ""
+    gates = f"; the gates start anew, as {'; '.join(anew)}" if anew else ""
+    return f"{what} of {carried} mixes from {path}, by {by}{rest}{gates}"
 
 
 def read_means(path: Path) -> dict[str, Tensor]:
-    """Qualified name of each mix in its net -> mean coefficients, of a mixing.json.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
-        return {layer["module"]: torch.tensor(layer["mean"], dtype=torch.float64) for layer in layers.values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); name another run in ffn.start_from") from error
-
-
-def _file(source: str) -> Path:
-    path = Path(source)
-    return path if path.suffix == ".json" else path / MIXING
+    """Qualified name of each mix in its net -> mean coefficients, of a mixing.json. Errors as in `read_mixes`."""
+    return {name: mix.base for name, mix in read_mixes(path).items()}

@@ -63,7 +63,9 @@ class FFNConfig:
     gate_std: float = GATE_STD
     """standard deviation of U where it starts at random: the paper's start, frozen gates"""
     start_from: str | None = None
-    """LA: α starts at the mean coefficients of a finished run of the same net; its folder, or its mixing.json"""
+    """a run whose mixes these start from, by name or by their place in the transformer. Its folder, or its mixing.json:
+    LA's α starts at the mean coefficients. Its folder, or its checkpoint: MoA's α and, at equal width, gates start as
+    they are there"""
     hidden_ratio: float = 4.0
     """hidden width of the baseline layer, a plain fixed one, in units of the model width; a layer that is swapped into
     a net has the replaced layer as its baseline instead"""
@@ -99,8 +101,8 @@ class FFNConfig:
             raise UserError(f"ffn.gate_std is {self.gate_std}; give a finite number above 0")
         if self.gates != "trained" and self.mixing != "moa":
             raise UserError(f"ffn.gates '{self.gates}' needs ffn.mixing 'moa': {self.mixing} has no gates")
-        if self.start_from is not None and self.mixing != "la":
-            raise UserError(f"ffn.start_from sets the coefficients of LA; ffn.mixing is '{self.mixing}'")
+        if self.start_from is not None and self.mixing == "fixed":
+            raise UserError("ffn.start_from sets the coefficients of LA and MoA; ffn.mixing is 'fixed'")
         if self.multiple_of < 1:
             raise UserError(f"ffn.multiple_of is {self.multiple_of}; give a whole number of at least 1")
 

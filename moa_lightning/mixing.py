@@ -207,6 +207,12 @@ class MixCoefficients(nn.Module):
         Raises:
             UserError: they are not of this mix's shape.
         """
+        self.start_at(coefficients)
+        self.gate = self.gate_weight = self.gate_bias = None
+
+    @torch.no_grad()
+    def start_at(self, coefficients: Tensor) -> None:
+        """Take these coefficients, (K,) or (K, K), for α. Errors as in `hold_at`."""
         if coefficients.shape != self.base.shape:
             given, wanted = tuple(coefficients.shape), tuple(self.base.shape)
             raise UserError(
@@ -214,7 +220,14 @@ class MixCoefficients(nn.Module):
             )
         self.base.copy_(coefficients)
         self.given_start = self.base.detach().clone()
-        self.gate = self.gate_weight = self.gate_bias = None
+
+    @torch.no_grad()
+    def start_gates(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Take these gates, u of gate_weight's shape and b of gate_bias's (None: 0), for a mix that has gates."""
+        assert self.gate_weight is not None
+        self.gate_weight.copy_(weight)
+        if self.gate_bias is not None:
+            self.gate_bias.zero_() if bias is None else self.gate_bias.copy_(bias)
 
     def gates(self, x: Tensor) -> Tensor | None:
         """g(u_kᵀ x + b_k) in float32 at least, (..., K) or (..., K, K) for pairs; None without a gate."""

@@ -33,6 +33,7 @@ from moa_lightning.optim import (
 )
 from moa_lightning.parallel import FSDPStrategy, checkpoint_blocks, compile_blocks
 from moa_lightning.random import named_seed
+from moa_lightning.transplants import load_weights
 
 Config = TypeVar("Config")
 Recompute: TypeAlias = bool | Literal["selective"]
@@ -54,12 +55,18 @@ class Task(L.LightningModule):
         compile: compile each transformer block (pays off in runs of more than a few minutes).
         activation_checkpointing: recompute each transformer block in the backward pass; "selective" keeps its matrix
             products and attention and recomputes the rest.
+        weights_from: a run's folder or a checkpoint whose weights the net starts with, see transplants.py.
     """
 
     forward_methods: tuple[str, ...] = ("features",)
 
     def __init__(
-        self, optimizer: OptimizerConfig, seed: int | None, compile: bool, activation_checkpointing: Recompute
+        self,
+        optimizer: OptimizerConfig,
+        seed: int | None,
+        compile: bool,
+        activation_checkpointing: Recompute,
+        weights_from: str | None = None,
     ) -> None:
         super().__init__()
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
@@ -70,7 +77,9 @@ class Task(L.LightningModule):
         self.chosen: dict[str, float] = {}  # options that were computed from data and length, for the log
         self.average: WeightAverage | None = None
         self._exchanged = False  # the averages are in the net, and its weights where the averages belong
-        self.missing_starts: list[Path] = []
+        self.weights_from = weights_from
+        self.missing_starts: list[Path] = []  # files that options name and that are not there
+        self.starts: list[str] = []  # what was taken over from other runs, for the log
         self.domain: str | None = None
         self.joint_log: Callable[..., None] | None = None
         self.step_skipped = torch.zeros(())  # 1 where the last optimiser step was skipped
@@ -121,11 +130,12 @@ class Task(L.LightningModule):
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
         self.choose()
         self.net = self._build(self.seed)
-        self.missing_starts = start_mixes(self.net)
+        self.missing_starts, self.starts = start_mixes(self.net)
         self.equip()
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.shard(self.net, self.forward_methods)
         materialize(self.net)
+        self.load_start()
         if decay:
             self.average = WeightAverage(self.net, decay)
         self.watch()
@@ -139,6 +149,16 @@ class Task(L.LightningModule):
             checkpoint_blocks(self.net, selective=self.activation_checkpointing == "selective")
         if self.compile_net:
             compile_blocks(self.net)
+
+    def load_start(self) -> None:
+        """Give the net the weights of another run, where `weights_from` names one."""
+        if self.weights_from is None:
+            return
+        missing = load_weights(self.net, self.weights_from)
+        if missing is None:
+            self.starts.append(f"weights from {self.weights_from}")
+        else:
+            self.missing_starts.append(missing)
 
     def watch(self) -> None:
         """Hang on the finished net what a training step leaves for callbacks."""
@@ -175,10 +195,13 @@ class Task(L.LightningModule):
             return self.build(seed)
 
     def on_train_start(self) -> None:
-        """Refuse to begin with mixes whose start is not there; a run that goes on has theirs in its checkpoint."""
+        """Refuse to begin where a start is not there; a run that goes on has it in its checkpoint."""
         if self.global_step == 0 and self.missing_starts:
             path = self.missing_starts[0]
-            raise UserError(f"ffn.start_from: there is no {path}; name a run of LA or MoA that has validated")
+            option, whom = ("model.weights_from", "a run that has saved")
+            if path.suffix == ".json" or self.weights_from is None:
+                option, whom = "ffn.start_from", "a run of LA or MoA that has validated"
+            raise UserError(f"{option}: there is no {path}; name {whom}")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the global generators, which drop path and mixing of images draw from, so that a resumed run draws what

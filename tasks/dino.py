@@ -64,6 +64,8 @@ class DINO(SelfSupervised):
         compile: compile each transformer block.
         activation_checkpointing: recompute each block in the backward pass instead of storing its activations;
             "selective" keeps its matrix products and attention and recomputes the rest.
+        weights_from: a run's folder or a checkpoint whose weights the net starts with; what LA or MoA adds to a fixed
+            activation begins at the identity start, where the net computes what it computed there.
     """
 
     def __init__(
@@ -93,8 +95,9 @@ class DINO(SelfSupervised):
         seed: int | None = None,
         compile: bool = False,
         activation_checkpointing: Recompute = False,
+        weights_from: str | None = None,
     ) -> None:
-        super().__init__(optimizer, seed, compile, activation_checkpointing)
+        super().__init__(optimizer, seed, compile, activation_checkpointing, weights_from)
         self.ffn = as_config(FFNConfig, ffn)
         self.keep_hyperparameters(
             backbone=backbone,
@@ -122,6 +125,7 @@ class DINO(SelfSupervised):
             seed=seed,
             compile=compile,
             activation_checkpointing=activation_checkpointing,
+            weights_from=weights_from,
         )
         self.loss: Any = None
         self.view_sizes: list[int] = []

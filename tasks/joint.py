@@ -124,6 +124,12 @@ class Joint(Task):
         for part in self.parts.values():
             part.equip()
 
+    def load_start(self) -> None:
+        for part in self.parts.values():
+            part.load_start()
+            self.starts += part.starts
+            self.missing_starts += part.missing_starts
+
     def watch(self) -> None:
         for part in self.parts.values():
             part.watch()

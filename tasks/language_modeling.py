@@ -37,6 +37,8 @@ class LanguageModeling(Task):
         z_loss_weight: of the mean squared logarithm of the softmax's normaliser (1e-4 in PaLM).
         activation_checkpointing: recompute each block in the backward pass instead of storing its activations;
             "selective" keeps its matrix products and attention and recomputes the rest.
+        weights_from: a run's folder or a checkpoint whose weights the net starts with; what LA or MoA adds to a fixed
+            activation begins at the identity start, where the net computes what it computed there.
     """
 
     forward_methods = ("generate", "losses")
@@ -54,8 +56,9 @@ class LanguageModeling(Task):
         moe: MoEConfig = MoEConfig(),  # noqa: B008
         loss_chunk: int | None = None,
         z_loss_weight: float = 0.0,
+        weights_from: str | None = None,
     ) -> None:
-        super().__init__(optimizer, seed, compile, activation_checkpointing)
+        super().__init__(optimizer, seed, compile, activation_checkpointing, weights_from)
         self.gpt, self.ffn = as_config(GPTConfig, gpt), as_config(FFNConfig, ffn)
         self.moe = as_config(MoEConfig, moe)
         self.keep_hyperparameters(
@@ -67,6 +70,7 @@ class LanguageModeling(Task):
             seed=seed,
             compile=compile,
             activation_checkpointing=activation_checkpointing,
+            weights_from=weights_from,
             moe=self.moe,
             loss_chunk=loss_chunk,
             z_loss_weight=z_loss_weight,

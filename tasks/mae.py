@@ -40,6 +40,8 @@ class MAE(SelfSupervised):
         compile: compile each transformer block.
         activation_checkpointing: recompute each block in the backward pass instead of storing its activations;
             "selective" keeps its matrix products and attention and recomputes the rest.
+        weights_from: a run's folder or a checkpoint whose weights the net starts with; what LA or MoA adds to a fixed
+            activation begins at the identity start, where the net computes what it computed there.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class MAE(SelfSupervised):
         seed: int | None = None,
         compile: bool = False,
         activation_checkpointing: Recompute = False,
+        weights_from: str | None = None,
     ) -> None:
-        super().__init__(optimizer, seed, compile, activation_checkpointing)
+        super().__init__(optimizer, seed, compile, activation_checkpointing, weights_from)
         self.ffn = as_config(FFNConfig, ffn)
         self.decoder_ffn = self.ffn if decoder_ffn is None else as_config(FFNConfig, decoder_ffn)
         self.normalize_pixels = normalize_pixels
@@ -82,6 +85,7 @@ class MAE(SelfSupervised):
             seed=seed,
             compile=compile,
             activation_checkpointing=activation_checkpointing,
+            weights_from=weights_from,
         )
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 

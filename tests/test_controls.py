@@ -185,9 +185,9 @@ def test_a_teacher_starts_as_its_student_did(tmp_path: Path) -> None:
 
 def test_starts_that_cannot_be_are_one_sentence(tmp_path: Path) -> None:
     net = gpt(FFNConfig("la", start_from=str(tmp_path)))
-    assert start_mixes(net) == [tmp_path / "mixing.json"]
-    write_means(tmp_path / "mixing.json", {"blocks.0.mlp.up_mix": [0.0] * 7})
-    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.up_mix"):
+    assert start_mixes(net).missing == [tmp_path / "mixing.json"]
+    write_means(tmp_path / "mixing.json", {"head.mlp.up_mix": [0.0] * 7})
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.up_mix"):
         start_mixes(net)
     write_means(tmp_path / "mixing.json", {f"blocks.{i}.mlp.up_mix": [0.0] * 3 for i in range(2)})
     with pytest.raises(UserError, match=r"\(3,\)"):

@@ -94,7 +94,7 @@ def test_matching_against_a_named_baseline_and_hidden_ratio() -> None:
         ({"multiple_of": 0}, ("ffn.multiple_of", "0")),
         ({"mixing": "moa", "gates": "random"}, ("ffn.gates", "random", "trained", "frozen", "shuffled")),
         ({"mixing": "la", "gates": "frozen"}, ("ffn.gates", "frozen", "moa", "la")),
-        ({"mixing": "moa", "start_from": "runs/x"}, ("ffn.start_from", "LA", "moa")),
+        ({"start_from": "runs/x"}, ("ffn.start_from", "LA", "fixed")),
         ({"gate_std": 0.0}, ("ffn.gate_std", "0.0")),
         ({"hidden_extra": -1}, ("ffn.hidden_extra", "-1")),
     ],

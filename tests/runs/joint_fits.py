@@ -12,7 +12,7 @@ import data
 import tasks
 from moa_lightning.checkpoints import RunCheckpointIO
 
-from .fits import BATCH, STRATEGIES, Record, full, make_data, make_task, share
+from .fits import BATCH, STRATEGIES, Record, fit, full, make_data, make_task, share
 
 STEPS, SAVED_AT = 6, 4
 FITS = {  # name -> vision task, ties, batches of vision and language
@@ -28,6 +28,8 @@ class JointRecorder(L.Callback):
         self.record = Record()
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, index: int) -> None:
+        if "id" in batch:
+            return
         vision, language = (batch[domain]["id"].tolist() if batch[domain] else [] for domain in ("vision", "language"))
         self.record.ids.append([*vision, *(~number for number in language)])
 
@@ -57,6 +59,17 @@ def make_joint(name: str) -> tuple[tasks.Joint, data.Joint]:
 
 def fit_joint(kind: str, name: str, folder: Path, resume: Path | None = None) -> Record:
     """A fit that writes <folder>/half.ckpt, or goes on from it."""
+    return _fit(kind, *make_joint(name), folder, resume)
+
+
+def fit_upgrade(kind: str, ffn: str, source: Path, folder: Path) -> Record:
+    """A language model that starts with the weights of a run."""
+    task = make_task("language", ffn)
+    task.weights_from = str(source)
+    return _fit(kind, task, make_data("language", BATCH), folder, None)
+
+
+def _fit(kind: str, task: tasks.Task, module: data.DataModule, folder: Path, resume: Path | None) -> Record:
     recorder = JointRecorder()
     saving = ModelCheckpoint(folder, "half", every_n_train_steps=SAVED_AT, save_on_train_epoch_end=False)
     strategy: Any = "ddp_find_unused_parameters_true" if kind == "ddp" else STRATEGIES[kind]
@@ -78,13 +91,12 @@ def fit_joint(kind: str, name: str, folder: Path, resume: Path | None = None) ->
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
-    task, module = make_joint(name)
     trainer.fit(task, datamodule=module, ckpt_path=resume, weights_only=True)
     return recorder.record
 
 
 def joint(kind: str, folder: Path) -> dict[str, Record]:
-    """All fits, "<strategy>/<fit>" and "<strategy>/<fit>/resumed"; kind "one" is one process."""
+    """All fits: "<strategy>/<fit>", "<strategy>/<fit>/resumed" and "<strategy>/upgrade-<ffn>"; "one" is one process."""
     torch.set_num_threads(1)
     records = {}
     for strategy in ["one"] if kind == "one" else ["ddp", "fsdp"]:
@@ -92,4 +104,8 @@ def joint(kind: str, folder: Path) -> dict[str, Record]:
             place = folder / f"{strategy}-{name}"
             records[f"{strategy}/{name}"] = fit_joint(strategy, name, place)
             records[f"{strategy}/{name}/resumed"] = fit_joint(strategy, name, place, place / "half.ckpt")
+        fit(strategy, "language-gelu", folder / strategy, stop_at=SAVED_AT, save_at=SAVED_AT)
+        for ffn in ("gelu", "moa"):
+            source, place = folder / strategy / "half.ckpt", folder / f"{strategy}-{ffn}"
+            records[f"{strategy}/upgrade-{ffn}"] = fit_upgrade(strategy, ffn, source, place)
     return records

@@ -84,3 +84,12 @@ def test_a_sharded_net_is_shared_out_but_for_tied_mixes(fits: Fits) -> None:
     for rank in fits.ranks:
         for name, most in WHOLE.items():
             assert rank[f"fsdp/{name}"].shares["parameters"] < most
+
+
+@pytest.mark.parametrize("kind", ["one", "ddp", "fsdp"])
+def test_a_fixed_net_goes_on_as_moa_from_one_file_and_from_shards(fits: Fits, kind: str) -> None:
+    for rank in [fits.one] if kind == "one" else fits.ranks:
+        fixed, moa = (rank[f"{kind}/upgrade-{ffn}"].loss for ffn in ("gelu", "moa"))
+        assert moa[0] == pytest.approx(fixed[0], rel=1e-6)
+        assert moa[-1] != fixed[-1]
+        assert fixed[0] < 5.4  # ln 256 is 5.55: these are trained weights
