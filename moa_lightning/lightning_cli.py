@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
@@ -290,7 +291,9 @@ class MoaCLI(LightningCLI):
         trained = self._metrics()
         self.model.keep_weights()
         self.model.to(self.trainer.strategy.root_device).eval()
-        data = (self._on_device(batch) for batch in itertools.islice(self.datamodule.train_dataloader(), batches))
+        loader = self.datamodule.train_dataloader()
+        found = (each[0] if isinstance(loader, CombinedLoader) else each for each in loader)
+        data = (self._on_device(batch) for batch in itertools.islice(found, batches))
         with self.trainer.precision_plugin.forward_context(), isolate_rng():
             means = token_means(self.model, self.model.mix_forward, data)
         if not hold_mixes(self.model, means):

@@ -10,7 +10,6 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import lightning as L
@@ -78,7 +77,7 @@ class Task(L.LightningModule):
         self.average: WeightAverage | None = None
         self._exchanged = False  # the averages are in the net, and its weights where the averages belong
         self.weights_from = weights_from
-        self.missing_starts: list[Path] = []  # files that options name and that are not there
+        self.missing_starts: list[str] = []  # sentences about files that options name and that are not there
         self.starts: list[str] = []  # what was taken over from other runs, for the log
         self.domain: str | None = None
         self.joint_log: Callable[..., None] | None = None
@@ -130,7 +129,10 @@ class Task(L.LightningModule):
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
         self.choose()
         self.net = self._build(self.seed)
-        self.missing_starts, self.starts = start_mixes(self.net)
+        missing, self.starts = start_mixes(self.net)
+        self.missing_starts = [
+            f"ffn.start_from: there is no {path}; name a run of LA or MoA that has validated" for path in missing
+        ]
         self.equip()
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.shard(self.net, self.forward_methods)
@@ -158,7 +160,7 @@ class Task(L.LightningModule):
         if missing is None:
             self.starts.append(f"weights from {self.weights_from}")
         else:
-            self.missing_starts.append(missing)
+            self.missing_starts.append(f"model.weights_from: there is no {missing}; name a run that has saved")
 
     def watch(self) -> None:
         """Hang on the finished net what a training step leaves for callbacks."""
@@ -197,11 +199,7 @@ class Task(L.LightningModule):
     def on_train_start(self) -> None:
         """Refuse to begin where a start is not there; a run that goes on has it in its checkpoint."""
         if self.global_step == 0 and self.missing_starts:
-            path = self.missing_starts[0]
-            option, whom = ("model.weights_from", "a run that has saved")
-            if path.suffix == ".json" or self.weights_from is None:
-                option, whom = "ffn.start_from", "a run of LA or MoA that has validated"
-            raise UserError(f"{option}: there is no {path}; name {whom}")
+            raise UserError(self.missing_starts[0])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the global generators, which drop path and mixing of images draw from, so that a resumed run draws what

@@ -34,3 +34,56 @@ def test_a_finished_net_goes_on_as_moa_from_its_loss(moa: Moa) -> None:
     assert "model.weights_from: there is no nowhere" in missing.err
     Path("base").rename("elsewhere")
     assert moa("fit --run_dir moa --ckpt_path last --trainer.max_steps 4").code == 0  # the checkpoint has it all
+
+
+JOINT = "fit -c configs/joint/mae_gpt_tiny.yaml -c configs/trainer/cpu.yaml"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (f"{JOINT} --data Images", "Joint does not train on Images"),
+        (f"{JOINT} --model LanguageModeling", "LanguageModeling does not train on Joint"),
+        (f"{JOINT} --model.tie [beta]", "beta"),
+        (f"{JOINT} --data.vision_ratio 0 --data.language_ratio 0", "give whole numbers"),
+        (f"{JOINT} --model.vision.gpt.dim 3", "model.vision.gpt.dim is not an option of MAE"),
+        (f"plan{JOINT.removeprefix('fit')}", "moa plan knows fits of one task"),
+    ],
+)
+def test_a_joint_fit_that_cannot_be_is_one_sentence(moa: Moa, line: str, words: str) -> None:
+    outcome = moa(line)
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_a_joint_run_is_resumed_judged_and_exported(moa: Moa) -> None:
+    small = (
+        "-c configs/ffn/moa.yaml --model.vision.backbone_args.embed_dim 32 --model.vision.backbone_args.depth 1 "
+        "--model.vision.decoder_dim 16 --model.language.gpt.dim 32 --model.language.gpt.depth 1 "
+        "--model.tie [alpha,gates] "
+        "--data.vision.batch_size 8 --data.vision.bank_size 16 --data.vision.max_val_samples 8 "
+        "--data.language.batch_size 2 --data.language.context_length 32 --data.language.max_val_samples 4 "
+        "--trainer.val_check_interval 2 --trainer.log_every_n_steps 1"
+    )
+    outcome = moa(f"{JOINT} {small} --trainer.max_steps 2 --run_dir both")
+    assert outcome.code == 0, outcome.err
+    outcome = moa("fit --run_dir both --ckpt_path last --trainer.max_steps 4")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(Path("both/result.json").read_text())
+    assert (result["steps"], result["samples"], result["tokens"]) == (4, 40, 256)
+    names = {"val/loss_vision", "val/knn_top1_vision", "val/loss_language", "val/bits_per_byte_language"}
+    assert names <= result["metrics"].keys()
+    mixes = {layer["module"] for layer in json.loads(Path("both/mixing.json").read_text())["layers"].values()}
+    assert mixes >= {"vision.encoder.blocks.0.mlp.up_mix", "language.blocks.0.mlp.up_mix"}
+    written = {path.name for path in Path("both").rglob("*")}
+    assert {"reconstruction-step000004.png", "mixing-patches-step000004.png", "sample-step000004.txt"} <= written
+    assert moa("validate --ckpt_path both/checkpoints/last.ckpt").code == 0
+    assert moa("export --ckpt_path both/checkpoints/last.ckpt --out both.safetensors").code == 0
+    assert moa("report both").code == 0
+    outcome = moa("predict --ckpt_path both/checkpoints/last.ckpt")
+    assert (outcome.code, "takes the samples of one task" in outcome.err) == (2, True)
+    outcome = moa("validate --ckpt_path both/checkpoints/last.ckpt --freeze_gates 2")
+    assert (outcome.code, "tied ones cannot have" in outcome.err) == (2, True)
+    outcome = moa("validate --ckpt_path both/checkpoints/last.ckpt --freeze_gates 2 --model.tie []")
+    assert outcome.code == 0, outcome.err
