@@ -24,6 +24,7 @@ from .checkpoints import RunCheckpointIO
 from .errors import UserError
 from .feedforward import FeedForward
 from .mixing import MixCoefficients
+from .optim.average import net_weights
 from .run_folder import CHECKPOINTS, LAST
 
 MIXING = "mixing.json"  # in a run's folder
@@ -194,7 +195,7 @@ def load_weights(net: nn.Module, source: str) -> Path | None:
     if not path.exists():
         return path
     content = RunCheckpointIO().load_checkpoint(path)
-    given = {k.removeprefix(NET): v for k, v in content.get("state_dict", {}).items() if k.startswith(NET)}
+    given = net_weights(content)  # those that the run evaluates
     own: dict[str, Tensor] = net.state_dict()
     if lost := [name for name in given if name not in own]:
         raise UserError(f"the weights of '{path}' have {lost[0]}, which this net lacks; match the models")
