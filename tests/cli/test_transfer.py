@@ -47,7 +47,7 @@ JOINT = "fit -c configs/joint/mae_gpt_tiny.yaml -c configs/trainer/cpu.yaml"
         (f"{JOINT} --model.tie [beta]", "beta"),
         (f"{JOINT} --data.vision_ratio 0 --data.language_ratio 0", "give whole numbers"),
         (f"{JOINT} --model.vision.gpt.dim 3", "model.vision.gpt.dim is not an option of MAE"),
-        (f"plan{JOINT.removeprefix('fit')}", "moa plan knows fits of one task"),
+        (f"plan{JOINT.removeprefix('fit')} --device h100", "moa plan knows fits of one task"),
     ],
 )
 def test_a_joint_fit_that_cannot_be_is_one_sentence(moa: Moa, line: str, words: str) -> None:
