@@ -78,7 +78,7 @@ CASES = {
     "type": (f"{FIT} --data.batch_size x", ["--data.batch_size is 'x'; give a whole number"]),
     "no value": (f"{FIT} --trainer.max_steps", ["--trainer.max_steps needs a value"]),
     "stray word": (f"{FIT} extra", ["'extra' belongs to no option"]),
-    "nothing": ("fit", ["no model is named", "DINO, ImageClassification, LanguageModeling, MAE"]),
+    "nothing": ("fit", ["no model is named", "DINO, ImageClassification, Joint, LanguageModeling, MAE"]),
     "no data": ("fit --model MAE", ["no data is named", "Images"]),
     "no end": ("fit --model MAE --data Images", ["the run has no end", "--trainer.max_steps"]),
     # numbers
