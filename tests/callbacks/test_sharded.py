@@ -1,12 +1,11 @@
 """Under FSDP2 with two processes: the gradient's norm is that of the whole, and a mix is seen with whole parameters."""
 
-import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from moa_lightning.callbacks.mixing import capture
 from moa_lightning.feedforward import FeedForward, FFNConfig
 from moa_lightning.optim import total_norm
+from tests.runs.group import start_group
 
 
 def small_layer() -> FeedForward:
@@ -24,10 +24,11 @@ def small_layer() -> FeedForward:
     return layer
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
+def main(folder: Path) -> None:
+    """One of two processes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    layer, x = small_layer(), torch.load(f"{folder}/x.pt")
+    dist.init_process_group("gloo")
+    layer, x = small_layer(), torch.load(folder / "x.pt")
     mesh = init_device_mesh("cpu", (2,))
     for mixing in layer.mixings().values():
         fully_shard(mixing, mesh=mesh)
@@ -39,7 +40,9 @@ def _worker(rank: int, port: int, folder: str) -> None:
     gradients = [p.grad for p in layer.parameters()]
     plain = torch.full((3,), 2.0)  # beside shards, as a parameter that a strategy left alone
     norms = {"sharded": total_norm(gradients), "mixed": total_norm([*gradients, plain])}
-    torch.save({**norms, "alpha": seen[0].alpha, "coefficients": seen[0].coefficients}, f"{folder}/{rank}.pt")
+    torch.save(
+        {**norms, "alpha": seen[0].alpha, "coefficients": seen[0].coefficients}, folder / f"{dist.get_rank()}.pt"
+    )
     dist.destroy_process_group()
 
 
@@ -47,10 +50,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 def test_two_processes_agree_with_one(tmp_path: Path):
     x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1))
     torch.save(x, tmp_path / "x.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+    start_group(["tests.callbacks.test_sharded", str(tmp_path)], tmp_path)
 
     layer = small_layer()
     layer(x).square().mean().backward()
@@ -63,3 +63,7 @@ def test_two_processes_agree_with_one(tmp_path: Path):
         assert found["mixed"].item() == pytest.approx((norm**2 + 12) ** 0.5, rel=1e-5)
         torch.testing.assert_close(found["coefficients"], coefficients)
         torch.testing.assert_close(found["alpha"], layer.up_mix.base.detach())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,25 +1,15 @@
 """One run of the program for each kind, shared by all tests: one process here, two processes for DDP and for FSDP2."""
 
-import warnings
 from collections.abc import Callable
 
 import pytest
-import torch
 
-from .fits import Record, program
-from .group import run_group
-
-Ranks = list[dict[str, Record]]
+from .group import Ranks, run_group
 
 
 @pytest.fixture(scope="session")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        records = program("one", tmp_path_factory.mktemp("one"))
-    torch.set_num_threads(threads)
-    return [records]
+    return run_group("one", tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="session")

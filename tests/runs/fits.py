@@ -1,4 +1,4 @@
-"""Tiny fits of the three tasks through the real Trainer, and a recorder of what happened in them.
+"""Tiny fits of the three tasks through the real Trainer, each with a record of what happened in it.
 
 One process runs `PROGRAM` in a few seconds; every kind of run (one process, DDP, FSDP2) runs the same program, so what
 the tests compare differs in the strategy and in nothing else. The sizes are small, but whatever moves in a real run
@@ -9,19 +9,17 @@ inside a run, and the checkpoint is taken inside an epoch. The text is the licen
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import data
 import tasks
@@ -36,6 +34,7 @@ from moa_lightning.optim import OptimizerConfig
 from moa_lightning.parallel import FSDPStrategy
 
 from ..soak.watch import Poison
+from .record import Record, Recorder, full
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("language", "mae", "dino")
@@ -54,69 +53,6 @@ PRUNED_STEPS, PRUNED_SAVED_AT, SPARSITY = 5, 3, 0.6
 LEG, LEG_BATCH = 10, 12  # a batch that 1, 2, 3 and 4 processes share equally
 CLIP = 0.5
 BACKBONE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
-
-
-@dataclass
-class Record:
-    """What one process saw in a fit, by optimiser step or batch."""
-
-    loss: list[float] = field(default_factory=list)
-    """train/loss, over all processes"""
-    norm: list[float] = field(default_factory=list)
-    """of the gradient before clipping"""
-    clipped: list[float] = field(default_factory=list)
-    """of the gradient after clipping (and after the task took gradients away)"""
-    ids: list[list[int]] = field(default_factory=list)
-    """sample ids of this process's batches"""
-    rates: list[tuple[float, ...]] = field(default_factory=list)
-    """learning rate and weight decay of each parameter group"""
-    validations: list[dict[str, float]] = field(default_factory=list)
-    """val/ metrics of each validation"""
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """the task's state at the end, in full"""
-    shares: dict[str, float] = field(default_factory=dict)
-    """numbers held by this process over numbers in all: parameters, optimiser state, coefficients of mixes"""
-    plain: list[str] = field(default_factory=list)
-    """parameters that are not sharded"""
-    result: dict[str, Any] = field(default_factory=dict)
-    """result.json of a watched fit"""
-    files: list[str] = field(default_factory=list)
-    """the other files in its folder"""
-
-
-class Recorder(L.Callback):
-    """Fills a Record."""
-
-    def __init__(self, stop_at: int | None) -> None:
-        self.record, self.stop_at = Record(), stop_at
-
-    def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, index: int) -> None:
-        self.record.ids.append(batch["id"].tolist())
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, task: L.LightningModule, optimizer: Any) -> None:
-        self.record.norm.append(gradient_norm(task))
-        self.record.rates.append(tuple(g[key] for g in optimizer.param_groups for key in ("lr", "weight_decay")))
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        self.record.loss.append(float(trainer.callback_metrics["train/loss"]))
-        self.record.clipped.append(gradient_norm(task))
-        if trainer.global_step == self.stop_at:
-            trainer.should_stop = True
-
-    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        self.record.validations.append({name: float(metrics[name]) for name in metrics if name.startswith("val/")})
-
-    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self.record.weights = {name: full(value).clone() for name, value in task.state_dict().items()}
-        parameters = dict(task.named_parameters())
-        mixing = {n: p for n, p in parameters.items() if ".base" in n or ".gate_weight" in n}
-        moments = [v for state in trainer.optimizers[0].state.values() for v in state.values() if v.dim()]
-        groups = {"parameters": parameters.values(), "optimizer": moments, "mixing": mixing.values()}
-        self.record.shares = {name: share(list(values)) for name, values in groups.items() if values}
-        self.record.plain = [n for n, p in parameters.items() if not isinstance(p, DTensor)]
 
 
 class Answers(MultipleChoice):
@@ -138,28 +74,6 @@ class Answers(MultipleChoice):
         found = super()._log_likelihoods(rows, trainer, task)
         task.log(f"val/worth_{len(rows)}", found.sum(), sync_dist=True)
         return found
-
-
-def full(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def share(values: list[Tensor]) -> float:
-    local = sum((v.to_local() if isinstance(v, DTensor) else v).numel() for v in values)
-    return local / sum(v.numel() for v in values)
-
-
-def gradient_norm(task: L.LightningModule) -> float:
-    """Of all gradients as one vector, in float64: each process adds its shards, then the sums are added; of copies only
-    one counts."""
-    gradients = [p.grad for p in task.parameters() if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    total = torch.stack([g.double().square().sum() for g in local]).sum()
-    meshes = {g.device_mesh for g in gradients if isinstance(g, DTensor)}
-    if meshes:
-        dist.all_reduce(total)
-        total /= max(mesh.size(0) if mesh.ndim == 2 else 1 for mesh in meshes)
-    return float(total.sqrt())
 
 
 EXTRAS: dict[str, dict[str, Any]] = {
@@ -271,12 +185,13 @@ def fit(
         accumulate: micro-batches of a step; the batch of a step stays the same.
         stop_at: the step at which to stop short; the schedules are those of STEPS all the same.
         resume: checkpoint to go on from.
-        save_at: write <folder>/half.ckpt after this step.
+        save_at: write <folder>/half.ckpt after this step, which is past the middle of the fit.
         watched: with TensorBoard and the callbacks of `moa fit`.
         batch_size: samples of a step.
         validate_every: steps from one validation to the next.
         callbacks: further ones.
     """
+    assert not save_at or 2 * save_at > (stop_at or STEPS), "the checkpoint would be written a second time"
     task, ffn, extra = (name + "-").split("-")[:3]
     recorder = Recorder(stop_at)
     used = [*callbacks, recorder, *(default_callbacks() if watched else [])]
@@ -387,7 +302,7 @@ class States(L.Callback):
             self.states.append({name: full(value).clone() for name, value in task.state_dict().items()})
 
 
-def poisoned(kind: str = "one", folder: Path = Path()) -> dict[str, list[dict[str, Tensor]]]:
+def poisoned(kind: str, folder: Path) -> dict[str, list[dict[str, Tensor]]]:
     """The states before, after and later than a step whose images are NaN."""
     torch.set_num_threads(1)
     found = {}

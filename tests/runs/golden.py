@@ -16,8 +16,9 @@ import timm
 import torch
 import torchvision
 
-from .fits import FITS, STRATEGIES, Record, program
+from .fits import FITS, STRATEGIES
 from .group import run_group
+from .record import Record
 
 FILE = Path(__file__).with_name("golden.json")
 Curves = dict[str, dict[str, list[float]]]
@@ -66,9 +67,7 @@ def assert_continues(resumed: Record, whole: Record, step: int) -> None:
 def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        records = {"one": program("one", Path(folder) / "one")}
-        for kind in ("ddp", "fsdp"):
-            records[kind] = run_group(kind, Path(folder) / kind)[0]
+        records = {kind: run_group(kind, Path(folder) / kind)[0] for kind in ("one", "ddp", "fsdp")}
     if "--write" in arguments:
         write(records)
         return

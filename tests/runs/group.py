@@ -13,15 +13,19 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 
 from . import fits, joint_fits
-from .fits import ROOT, Record
+from .fits import ROOT
+from .record import Record
 
+Ranks = list[dict[str, Record]]  # what each rank saw, by the name of the fit
 SECONDS = 480  # a group that takes longer hangs
 
 
@@ -31,13 +35,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_group(kind: str, folder: Path, world_size: int = 2, program: str = "program") -> list[dict[str, Record]]:
-    """Run a program of fits.py or joint_fits.py in several processes; returns the records of each rank.
+def by_kind(program: str, factory: pytest.TempPathFactory) -> Callable[[str], Ranks]:
+    """What `run_group` returns for a kind, run when it is first asked for."""
+    return cache(lambda kind: run_group(kind, factory.mktemp(kind), program=program))
+
+
+def run_group(kind: str, folder: Path, world_size: int = 2, program: str = "program") -> Ranks:
+    """Run a program of fits.py or joint_fits.py: "one" in this process, other kinds in several.
 
     Errors as in `start_group`.
     """
+    if kind == "one":
+        return [_run_here(program, folder)]
     start_group(["tests.runs.group", program, kind, str(folder)], folder, world_size)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _run_here(program: str, folder: Path) -> dict[str, Record]:
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        records = _program(program)("one", folder)
+    torch.set_num_threads(threads)
+    return records
+
+
+def _program(name: str) -> Callable[[str, Path], dict[str, Record]]:
+    return getattr(fits if hasattr(fits, name) else joint_fits, name)
 
 
 def start_group(command: list[str], folder: Path, world_size: int = 2) -> None:
@@ -102,7 +126,7 @@ def main(program: str, kind: str, folder: Path) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)  # also where nobody is left to kill this process
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    records = getattr(fits if hasattr(fits, program) else joint_fits, program)(kind, folder)
+    records = _program(program)(kind, folder)
     torch.save(records, folder / f"rank{os.environ['RANK']}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -12,7 +12,8 @@ import data
 import tasks
 from moa_lightning.checkpoints import RunCheckpointIO
 
-from .fits import BATCH, STRATEGIES, Record, fit, full, make_data, make_task, share
+from .fits import BATCH, STRATEGIES, fit, make_data, make_task
+from .record import Record, full, share
 
 STEPS, SAVED_AT = 6, 4
 FITS = {  # name -> vision task, ties, batches of vision and language

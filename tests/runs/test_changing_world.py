@@ -7,11 +7,11 @@ tensors. No sample may be lost or repeated; the rest may differ from one process
 """
 
 import pytest
-import torch
 
-from .fits import ACCUMULATED, HYBRID, LEG, LEG_BATCH, STEPS, Record, fit, leg
+from .fits import ACCUMULATED, HYBRID, LEG, LEG_BATCH, STEPS, fit
 from .golden import deviation
 from .group import run_group
+from .record import Record
 from .test_world_sizes import LOSS, NORM, WEIGHTS
 
 LEGS = (("one", 1), ("ddp", 2), (HYBRID, 4), ("fsdp", 3), ("one", 1))
@@ -21,13 +21,7 @@ LEGS = (("one", 1), ("ddp", 2), (HYBRID, 4), ("fsdp", 3), ("one", 1))
 def legs(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Record]]]:
     """The records of each rank, leg by leg."""
     folder = tmp_path_factory.mktemp("legs")
-    threads = torch.get_num_threads()
-    found = []
-    for number, (kind, world_size) in enumerate(LEGS):
-        place = folder / f"leg{number}"
-        found.append([leg(kind, place)] if kind == "one" else run_group(kind, place, world_size, "leg"))
-    torch.set_num_threads(threads)
-    return found
+    return [run_group(kind, folder / f"leg{number}", size, "leg") for number, (kind, size) in enumerate(LEGS)]
 
 
 @pytest.fixture(scope="module")

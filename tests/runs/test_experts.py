@@ -10,25 +10,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .fits import CLASSIFICATION, EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, SOURCES, Record, experts
+from .fits import CLASSIFICATION, EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, SOURCES
 from .golden import assert_continues, deviation
-from .group import run_group
+from .group import Ranks, by_kind
+from .record import Record
 
 KINDS = ("one", "ddp", "fsdp")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Record]]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ranks]:
     """found(kind): what each rank saw."""
-    records: dict[str, list[dict[str, Record]]] = {}
-
-    def of(kind: str) -> list[dict[str, Record]]:
-        if kind not in records:
-            folder = tmp_path_factory.mktemp(kind)
-            records[kind] = [experts("one", folder)] if kind == "one" else run_group(kind, folder, program="experts")
-        return records[kind]
-
-    return of
+    return by_kind("experts", tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", EXPERTS)

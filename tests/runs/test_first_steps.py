@@ -7,9 +7,10 @@ which softmax ignores: its gradient is rounding noise, which AdamW scales up to 
 import pytest
 import torch
 
-from .fits import ACCUMULATED, FIRST, Record, first_steps
+from .fits import ACCUMULATED, FIRST
 from .golden import deviation
 from .group import run_group
+from .record import Record
 
 TOLERANCE = 1e-4
 SIZES = (2, 4)
@@ -17,10 +18,7 @@ SIZES = (2, 4)
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
-    threads = torch.get_num_threads()
-    records = first_steps("one", tmp_path_factory.mktemp("alone"))
-    torch.set_num_threads(threads)
-    return records
+    return run_group("one", tmp_path_factory.mktemp("alone"), program="first_steps")[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,16 @@
 """The joint task in two processes, DDP and FSDP2: it is the run of one process, goes on to the bit, and what is tied
 stays one tensor."""
 
-import warnings
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from .fits import BATCH, Record
+from .fits import BATCH
 from .golden import deviation
 from .group import run_group
-from .joint_fits import FITS, SAVED_AT, STEPS, joint
+from .joint_fits import FITS, SAVED_AT, STEPS
+from .record import Record
 
 WHOLE = {  # under FSDP2 each process holds half of the numbers, and a little more: rows do not divide, mixes stay whole
     "mixes": 0.53,
@@ -25,11 +25,7 @@ class Fits(NamedTuple):
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory: pytest.TempPathFactory) -> Fits:
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        one = joint("one", tmp_path_factory.mktemp("one"))
-    torch.set_num_threads(threads)
+    one = run_group("one", tmp_path_factory.mktemp("one"), program="joint")[0]
     return Fits(one, run_group("two", tmp_path_factory.mktemp("two"), program="joint"))
 
 

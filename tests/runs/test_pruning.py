@@ -2,29 +2,20 @@
 teacher with its student."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from .fits import PRUNED, PRUNED_SAVED_AT, SPARSITY, Record, pruned
+from .fits import PRUNED, PRUNED_SAVED_AT, SPARSITY
 from .golden import assert_continues
-from .group import run_group
+from .group import Ranks, by_kind
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Record]]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ranks]:
     """found(kind): what each rank saw."""
-    records: dict[str, list[dict[str, Record]]] = {}
-
-    def of(kind: str) -> list[dict[str, Record]]:
-        if kind not in records:
-            folder: Path = tmp_path_factory.mktemp(kind)
-            records[kind] = [pruned("one", folder)] if kind == "one" else run_group(kind, folder, program="pruned")
-        return records[kind]
-
-    return of
+    return by_kind("pruned", tmp_path_factory)
 
 
 def smallest(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
