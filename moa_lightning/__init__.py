@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .timm_models import register
+from .exchange.timm_models import register
 
 if TYPE_CHECKING:
     from .activations import register_activation

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UserError
+from .sharded import sharded_as
 
 META = "meta.pt"
 MODEL, OPTIMIZER = "model", "optimizer"
@@ -163,10 +163,7 @@ def _fill_from_file(tensors: dict[str, Tensor], groups: list[dict[str, Any]], pa
     whole, rest = split_tensors({**checkpoint, "optimizer_states": optimizers})
     known = _known(tensors, whole, path)
     for name, tensor in known.items():
-        source = whole[name].to(tensor.device)
-        if isinstance(tensor, DTensor):  # every process cuts its part from its own copy
-            source = distribute_tensor(source, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.copy_(source)
+        tensor.copy_(sharded_as(whole[name].to(tensor.device), tensor))
     return join_tensors(known, rest)
 
 

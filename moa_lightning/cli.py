@@ -32,7 +32,7 @@ OWN_COMMANDS = {  # imported when they are called
     "ablate": "moa_lightning.experiments.command:ablate_command",
     "bench": "moa_lightning.benchmarking.command:bench_command",
     "data": "data.command:data_command",
-    "export": "moa_lightning.export:export_command",
+    "export": "moa_lightning.exchange.export:export_command",
     "generate": "moa_lightning.generate:generate_command",
     "plan": "moa_lightning.planning.command:plan_command",
     "report": "moa_lightning.reports.command:report_command",

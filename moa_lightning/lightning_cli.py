@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import CombinedLoader
@@ -30,6 +30,7 @@ from tasks.vision import SelfSupervised
 from . import parallel  # noqa: F401 - registers the strategy fsdp2
 from .callbacks import DataFaults, MultipleChoice, default_callbacks
 from .callbacks.checkpoint import RunCheckpoint
+from .callbacks.config import SaveRunConfig
 from .callbacks.files import write_json
 from .callbacks.guard import Guard
 from .callbacks.predictions import DEFAULT, PredictionFile
@@ -59,7 +60,6 @@ from .run_folder import (
     process_rank,
     refuse_second_run,
     run_of_checkpoint,
-    saved_settings,
 )
 from .trainer_options import check_devices, check_length, validation_rhythm
 
@@ -82,26 +82,7 @@ CHECKPOINT_DEFAULTS = {
     # a version counter would write last-v1.ckpt beside last.ckpt in a folder that was moved, and none would continue it
     "checkpoint.enable_version_counter": False,
 }
-
-
 CALLBACK_OPTIONS = {"checkpoint": RunCheckpoint, "guard": Guard, "pruning": Pruning, "watchdog": Watchdog}
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes <run_dir>/config.yaml; a resumed run keeps the first one and writes config-resumed.yaml."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or self.already_saved:
-            return
-        self.already_saved = True
-        log_dir = trainer.log_dir  # a collective call: every process asks
-        if not trainer.is_global_zero or log_dir is None:
-            return
-        folder = Path(log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = "config-resumed.yaml" if (folder / CONFIG).exists() else CONFIG
-        text = self.parser.dump(self.config, skip_none=False)
-        (folder / name).write_text(yaml.safe_dump(saved_settings(yaml.safe_load(text)), sort_keys=False))
 
 
 class MoaCLI(LightningCLI):
@@ -361,20 +342,8 @@ def option_roots(command: str) -> dict[str, Any]:
     for name, kind in (("trainer", L.Trainer), *CALLBACK_OPTIONS.items(), ("checkpoint", ModelCheckpoint)):
         groups.setdefault(name, {}).update(dict.fromkeys(inspect.signature(kind).parameters))
     del groups["checkpoint"]["kwargs"]
-    values = dict.fromkeys(
-        (
-            "print_config",
-            "seed_everything",
-            "run_dir",
-            "freeze_gates",
-            "choices",
-            "folder",
-            "out",
-            "import",
-            *sorted(own),
-        )
-    )
-    return {**groups, "model": tasks.Task, "data": data.DataModule, **values}
+    ours = ("print_config", "seed_everything", "run_dir", "freeze_gates", "choices", "folder", "out", "import")
+    return {**groups, "model": tasks.Task, "data": data.DataModule, **dict.fromkeys((*ours, *sorted(own)))}
 
 
 def run_lightning_command(

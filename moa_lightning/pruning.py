@@ -18,12 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UserError
 from .experts import StackedLinear
 from .mixing import MixCoefficients
 from .random import named_seed
+from .sharded import local, sharded_as
 
 Scope = Literal["global", "layer"]
 STUDENT, TEACHER = ".student.", ".teacher."  # the teacher of a self-distillation is pruned as its student
@@ -165,20 +165,20 @@ class HeldMasks:
                 parameter = parameters[place]
                 if parameter.shape != mask.shape:
                     raise UserError(f"the mask of {name} has the shape {tuple(mask.shape)}, and its weight another one")
-                self.pairs.append((parameter, _part(~mask, parameter)))
+                self.pairs.append((parameter, local(sharded_as((~mask).to(parameter.device), parameter))))
 
     @torch.no_grad()
     def weights(self) -> None:
         """Zero the pruned weights."""
         for parameter, pruned in self.pairs:
-            _local(parameter).masked_fill_(pruned, 0.0)  # a product would leave -0.0, and NaN
+            local(parameter).masked_fill_(pruned, 0.0)  # a product would leave -0.0, and NaN
 
     @torch.no_grad()
     def gradients(self) -> None:
         """Zero their gradients: they neither clip the others' nor leave a trace in the optimiser."""
         for parameter, pruned in self.pairs:
             if parameter.grad is not None:
-                _local(parameter.grad).masked_fill_(pruned, 0.0)
+                local(parameter.grad).masked_fill_(pruned, 0.0)
 
     @torch.no_grad()
     def moments(self, optimizer: torch.optim.Optimizer) -> None:
@@ -186,21 +186,4 @@ class HeldMasks:
         for parameter, pruned in self.pairs:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    _local(value).masked_fill_(pruned, 0.0)
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter, sharded or not, whole and on the CPU; called by all processes."""
-    value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return value.detach().cpu()
-
-
-def _part(mask: Tensor, parameter: Tensor) -> Tensor:
-    mask = mask.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(mask, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
-    return mask
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                    local(value).masked_fill_(pruned, 0.0)

@@ -70,6 +70,13 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return max(complete, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
+def given_checkpoint(source: str) -> Path | None:
+    """The checkpoint that an option means which names a run's folder or a checkpoint; None where there is none."""
+    path = Path(source)
+    found = last_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
+    return found if found is not None and found.exists() else None
+
+
 def read_json(path: Path) -> Any:
     """What a file of a run's folder holds, None where it does not exist.
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .checkpoints import RunCheckpointIO
 from .errors import UserError
 from .feedforward import FeedForward
 from .mixing import MixCoefficients
 from .optim.average import net_weights
-from .run_folder import CHECKPOINTS, LAST
+from .run_folder import CHECKPOINTS, LAST, given_checkpoint
+from .sharded import sharded_as
 
 MIXING = "mixing.json"  # in a run's folder
 TWIN = re.compile(r"^(student|teacher)\.")  # the two nets of a self-distillation start alike
@@ -185,15 +185,14 @@ def load_weights(net: nn.Module, source: str) -> Path | None:
         source: a run's folder, or a checkpoint.
 
     Returns:
-        The checkpoint, where it does not exist.
+        The source, where it has no checkpoint.
 
     Raises:
         UserError: it is damaged, of another net, or of one that the net's mixes do not start as.
     """
-    inside = Path(source) / CHECKPOINTS / LAST
-    path = inside if inside.exists() else Path(source)
-    if not path.exists():
-        return path
+    path = given_checkpoint(source)
+    if path is None:
+        return Path(source)
     content = RunCheckpointIO().load_checkpoint(path)
     given = net_weights(content)  # those that the run evaluates
     own: dict[str, Tensor] = net.state_dict()
@@ -206,10 +205,7 @@ def load_weights(net: nn.Module, source: str) -> Path | None:
         if name not in given or given[name].shape != tensor.shape:
             there = f"in the shape {tuple(given[name].shape)}" if name in given else "not at all"
             raise UserError(f"the weights of '{path}' have {name} {tuple(tensor.shape)} {there}; match the models")
-        value = given[name].to(tensor.device)
-        if isinstance(tensor, DTensor):  # every process cuts its part from its own copy
-            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.copy_(value)
+        tensor.copy_(sharded_as(given[name].to(tensor.device), tensor))
     return None
 
 

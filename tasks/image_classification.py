@@ -20,9 +20,9 @@ from torchmetrics import MeanMetric
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.evaluation.token_classes import TokenClasses
+from moa_lightning.exchange.pretrained import load_encoder
 from moa_lightning.models import ImageClassifier
 from moa_lightning.optim import OptimizerConfig
-from moa_lightning.pretrained import load_encoder
 
 from .base import Recompute, Task, as_config
 from .vision import token_classes

@@ -16,9 +16,9 @@ from moa_lightning.errors import UserError
 from moa_lightning.evaluation import FeatureSpectrum, KNNAccuracy
 from moa_lightning.evaluation.pictures import attention_rows, cells, framed, nearest, patch_colours, resized
 from moa_lightning.evaluation.token_classes import TokenClasses, patch_classes
+from moa_lightning.exchange.pretrained import load_encoder
 from moa_lightning.models.attention import look
 from moa_lightning.models.vit import is_plain
-from moa_lightning.pretrained import load_encoder
 
 from .base import Task
 

@@ -24,9 +24,9 @@ from ..pruning import (
     shuffled,
     sparsity_of,
     unpacked,
-    whole,
 )
-from ..run_folder import CHECKPOINTS, REWIND, checkpoint_path, last_checkpoint
+from ..run_folder import CHECKPOINTS, REWIND, checkpoint_path, given_checkpoint
+from ..sharded import whole
 from .common import run_folder, tensorboard_step, tensorboard_writer, write_scalars
 from .figures import draw_densities, publish
 from .files import write_json
@@ -113,7 +113,7 @@ class Pruning(L.Callback):
         own = prunable(pl_module, self.gates, self.dense_blocks)
         before: dict[str, Tensor] = {}
         if self.mask_from is None:
-            weights = {name: whole(parameter) for name, parameter in own.items()}
+            weights = {name: whole(parameter).detach().cpu() for name, parameter in own.items()}
         else:
             weights, before = _trained(self.mask_from, {name: tuple(p.shape) for name, p in own.items()})
         masks = magnitude_masks(weights, before, self.sparsity, self.scope)
@@ -151,9 +151,8 @@ def rewind_checkpoint(given: str) -> str:
 
 def _trained(source: str, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Final weights and masks of a run, whole; no masks for a dense one."""
-    run = Path(source)
-    path = last_checkpoint(run) if (run / CHECKPOINTS).is_dir() else run
-    if path is None or not path.exists():
+    path = given_checkpoint(source)
+    if path is None:
         raise UserError(f"pruning.mask_from: '{source}' is no run with a checkpoint, and no checkpoint")
     content = RunCheckpointIO().load_checkpoint(path)
     state = content.get("state_dict", {})

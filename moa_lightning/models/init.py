@@ -18,13 +18,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..experts import StackedLinear
 from ..mixing import FixedActivation, MixCoefficients
 from ..moe import Router
 from ..random import named_seed
+from ..sharded import local, sharded_as
 
 Rule = Callable[[nn.Module, str, Tensor, torch.Generator], None]
 
@@ -131,10 +132,10 @@ def _part(parameter: DTensor, draw: Callable[[Tensor], None], room: Tensor) -> D
     """This process's part of a parameter that is drawn in full in `room`, uint8 (bytes,)."""
     full = room[: parameter.numel() * parameter.element_size()].view(parameter.dtype).view(parameter.shape)
     _fill(full, draw)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    part = distribute_tensor(full, mesh, placements, src_data_rank=None).to_local()
+    part = local(sharded_as(full, parameter))
     if part.untyped_storage().data_ptr() == room.untyped_storage().data_ptr():  # some versions of torch cut views
         part = part.clone()
+    mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
 
 

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+from ..sharded import local, sharded_as, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic step, as published
 STEPS = 5
@@ -70,10 +72,10 @@ class MuonAdamW(torch.optim.AdamW):
     def _move(self, parameter: Tensor, group: dict[str, Any], skipped: Tensor | None) -> None:
         state, momentum = self.state[parameter], group["momentum"]
         if not state:
-            state["step"] = torch.zeros((), device=_local(parameter).device)  # AdamW wants one in every state it loads
+            state["step"] = torch.zeros((), device=local(parameter).device)  # AdamW wants one in every state it loads
             state["momentum_buffer"] = torch.zeros_like(parameter)
         assert parameter.grad is not None
-        weight, gradient, buffer = _local(parameter), _local(parameter.grad), _local(state["momentum_buffer"])
+        weight, gradient, buffer = local(parameter), local(parameter.grad), local(state["momentum_buffer"])
         keep: float | Tensor = 1.0
         if skipped is not None:
             keep = 1.0 - skipped.to(weight.device)
@@ -86,11 +88,6 @@ class MuonAdamW(torch.optim.AdamW):
         weight.sub_(update * (rate * RMS * max(parameter.shape[-2:]) ** 0.5))
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part, sharing memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _orthogonalized_shard(update: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of O(update), from its part."""
     if not isinstance(parameter, DTensor):
@@ -98,5 +95,5 @@ def _orthogonalized_shard(update: Tensor, parameter: Tensor) -> Tensor:
     if parameter.dim() > 2:  # sharded by experts
         return orthogonalized(update) if update.numel() else update
     mesh, placements = parameter.device_mesh, parameter.placements
-    whole = DTensor.from_local(update, mesh, placements, shape=parameter.shape, stride=parameter.stride()).full_tensor()
-    return distribute_tensor(orthogonalized(whole), mesh, placements, src_data_rank=None).to_local()
+    sharded = DTensor.from_local(update, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+    return local(sharded_as(orthogonalized(whole(sharded)), parameter))

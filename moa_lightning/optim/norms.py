@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from ..sharded import whole
+
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
@@ -22,7 +24,7 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     for gradient in gradients:
         groups[gradient.device_mesh if isinstance(gradient, DTensor) else None].append(gradient)
     norms = [get_total_norm(group) for group in groups.values()]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norms = [whole(norm) for norm in norms]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 

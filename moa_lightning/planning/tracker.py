@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..sharded import local
+
 # name of the operation -> what it is, and which way of the ring it goes
 COLLECTIVES = {
     "allreduce": ("all-reduce", 2),
@@ -30,8 +32,8 @@ COLLECTIVES = {
 
 def local_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes that this process holds of tensors, each storage counted once."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in local}.values())
+    held = [local(tensor) for tensor in tensors]
+    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in held}.values())
 
 
 class FakeMode(FakeTensorMode):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import data
 from moa_lightning import FFNConfig, UserError
 from moa_lightning.checkpoints import RunCheckpointIO
-from moa_lightning.export import export
+from moa_lightning.exchange.export import export
 from moa_lightning.optim import OptimizerConfig
 from tasks import Joint, Task
 from tests.models.nets import fragment

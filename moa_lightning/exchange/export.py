@@ -10,8 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .errors import UserError
-from .generate import WEIGHTS_HELP
+from ..errors import UserError
+from ..generate import WEIGHTS_HELP
 
 
 def export_command(argv: list[str]) -> None:
@@ -41,7 +41,7 @@ def export_command(argv: list[str]) -> None:
 
 
 def _export_to_hub(checkpoint: str, out: Path, weights: str | None, modules: list[str]) -> None:
-    from .generate import load
+    from ..generate import load
     from .hub_export import write_hub_folder
 
     _refuse(out)
@@ -78,9 +78,9 @@ def export(checkpoint: str, out: Path, weights: str | None = None, for_timm: boo
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from .checkpoints import RunCheckpointIO
-    from .optim import net_weights
-    from .run_folder import checkpoint_path
+    from ..checkpoints import RunCheckpointIO
+    from ..optim import net_weights
+    from ..run_folder import checkpoint_path
 
     path = str(checkpoint_path(checkpoint, None))
     _refuse(out)

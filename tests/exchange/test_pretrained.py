@@ -12,10 +12,10 @@ from torch import Tensor
 
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
+from moa_lightning.exchange.pretrained import load_encoder
+from moa_lightning.exchange.timm_export import timm_state
 from moa_lightning.models import ImageClassifier, MaskedAutoencoder, SelfDistillation
 from moa_lightning.models.vit import build_vit
-from moa_lightning.pretrained import load_encoder
-from moa_lightning.timm_export import timm_state
 from tasks import DINO, MAE, Task
 from tests.models.families import FAMILIES, IMAGE, SMALL, images
 from tests.models.nets import shake

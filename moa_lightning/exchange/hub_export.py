@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import is_pointwise
-from .checkpoints import PARTIAL, remove
-from .errors import UserError
-from .models.gpt import GPT
+from ..activations import is_pointwise
+from ..checkpoints import PARTIAL, remove
+from ..errors import UserError
+from ..models.gpt import GPT
 
 SHIM = "modeling_moa.py"
 OURS = "MoaForCausalLM"

@@ -18,11 +18,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 NAME = "moa_vit"
 FROM_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # what create_model hands to every model
-HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
+HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # belong to a classifier, which starts anew
 
 
 def register() -> None:
@@ -80,8 +80,8 @@ def moa_vit(
     """
     from timm import create_model
 
-    from .feedforward import FFNConfig
-    from .injection import inject
+    from ..feedforward import FFNConfig
+    from ..injection import inject
 
     if pretrained:
         raise UserError(f"{NAME} has no pre-trained weights of its own: give file, which moa export writes")

@@ -18,15 +18,15 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from .checkpoints import RunCheckpointIO
-from .errors import UserError
-from .feedforward import FeedForward
-from .mixing import FixedActivation, MixCoefficients
-from .run_folder import checkpoint_path
+from ..checkpoints import RunCheckpointIO
+from ..errors import UserError
+from ..feedforward import FeedForward
+from ..mixing import FixedActivation, MixCoefficients
+from ..run_folder import checkpoint_path
+from .timm_models import HEADS
 
 ENVELOPES = ("state_dict", "teacher", "model")  # under which files keep their tensors
 MARK = "patch_embed.proj.weight"  # every vision transformer has it: what stands before it is its prefix
-OWN = ("head.", "head_dist.", "fc_norm.")  # of a classifier: starts anew
 NORM = ("norm.weight", "norm.bias")  # the last one, which a net that pools has behind the pool, as fc_norm
 
 
@@ -49,7 +49,7 @@ def load_encoder(vit: Any, path: str) -> None:
     channels = vit.patch_embed.proj.weight.shape[1]
     found[MARK] = adapt_input_conv(channels, found[MARK], found[MARK].shape[1])
     if vit.num_classes:
-        found = {name: tensor for name, tensor in found.items() if not name.startswith(OWN)}
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(HEADS)}
     own, fresh = vit.state_dict(), _fresh(vit)
     without_place = sorted(name for name in found if name.startswith("blocks.") and name not in own)
     if without_place:
@@ -151,4 +151,4 @@ def _fresh(vit: Any) -> set[str]:
         if isinstance(module, MixCoefficients | FixedActivation)
         for leaf in module.state_dict()
     }
-    return mixes | {name for name in vit.state_dict() if name.startswith(OWN)}
+    return mixes | {name for name in vit.state_dict() if name.startswith(HEADS)}

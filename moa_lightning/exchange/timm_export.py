@@ -17,12 +17,12 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from .activations import is_pointwise
-from .errors import UserError
-from .feedforward import FeedForward, FFNConfig
-from .injection import inject
-from .injection_adapters import activation_name
-from .models.vit import build_vit, pooled, untouched_tokens
+from ..activations import is_pointwise
+from ..errors import UserError
+from ..feedforward import FeedForward, FFNConfig
+from ..injection import inject
+from ..injection_adapters import activation_name
+from ..models.vit import build_vit, pooled, untouched_tokens
 
 ENCODERS = ("encoder.", "teacher.backbone.")  # of MAE, of DINO
 MEAN_OF_PATCHES = {"global_pool": "avg", "fc_norm": False}  # after the last norm, as MAE's features are
