@@ -6,7 +6,7 @@ after that runs under FakeTensorMode. DDP and FSDP2 run as the first of N proces
 
 What differs from a real run: compilation is left out (it saves memory, how much depends on the compiler); of DDP only
 its buckets are there, as its reducer is not Python; and because torch cannot differentiate fake CUDA tensors where
-there is no GPU, CPU tensors stand in for them, with the norms of a GPU (see `GPUNorms`).
+there is no GPU, CPU tensors stand in for them, with the norms of a GPU (see `gpu_norms`).
 """
 
 from collections.abc import Callable, Iterator
@@ -67,23 +67,36 @@ class Measurement:
         return self.weights + self.gradients + self.buckets + self.optimizer
 
 
-class GPUNorms(TorchFunctionMode):
+@contextmanager
+def gpu_norms() -> Iterator[None]:
     """LayerNorm and RMSNorm as on a GPU: RMSNorm in one kernel, which keeps its input and one number a row, and both in
-    float32 under autocast. The CPU makes RMSNorm of several operations and leaves the dtype alone."""
+    float32 under autocast. The CPU makes RMSNorm of several operations and leaves the dtype alone.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.layer_norm or func is F.rms_norm:
-            if torch.is_autocast_enabled("cpu"):
-                args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
-            if func is F.rms_norm:
-                return self._rms_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+    The functions are replaced by name: torch switches a TorchFunctionMode off in the backward pass, where blocks are
+    recomputed.
+    """
+    own = F.layer_norm, F.rms_norm
 
-    @staticmethod
-    def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    def wide(*args: Any) -> tuple[Any, ...]:
+        autocast = torch.is_autocast_enabled("cpu")
+        return tuple(a.float() if autocast and isinstance(a, Tensor) else a for a in args)
+
+    def layer_norm(
+        x: Tensor, shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> Tensor:
+        x, weight, bias = wide(x, weight, bias)
+        return own[0](x, shape, weight, bias, eps)
+
+    def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        x, weight = wide(x, weight)
         weight = None if weight is None else weight.to(x.dtype)
         return torch._fused_rms_norm(x, shape, weight, torch.finfo(x.dtype).eps if eps is None else eps)[0]
+
+    F.layer_norm, F.rms_norm = layer_norm, rms_norm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.layer_norm, F.rms_norm = own
 
 
 class NoValues(TorchFunctionMode):
@@ -212,7 +225,7 @@ def measure(
     """
     tracker = Tracker()
     observer = _Observer(tracker)
-    norms = GPUNorms() if gpu else nullcontext()
+    norms = gpu_norms() if gpu else nullcontext()
     task = new_task()
     with _group(devices, strategy), FakeMode(allow_non_fake_inputs=True), norms, tracker:
         _without_values(task)

@@ -74,8 +74,14 @@ def trainer(**options: Any) -> L.Trainer:
     )
 
 
-def planned(task: str, ffn: str, **options: Any) -> Measurement:
+def planned(task: str, ffn: str, recompute: str | bool = False, **options: Any) -> Measurement:
     """A step of it without content."""
     sizes = Sizes(task)
     options = {"strategy": "auto", "devices": 1, "clip": {"gradient_clip_val": 1.0}, **options}
-    return measure(lambda: make_task(task, ffn), sizes.batch, sizes, **options)
+
+    def new_task() -> tasks.Task:
+        module = make_task(task, ffn)
+        module.activation_checkpointing = recompute
+        return module
+
+    return measure(new_task, sizes.batch, sizes, **options)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tasks
 from moa_lightning import FFNConfig
 from moa_lightning.models import GPTConfig
-from moa_lightning.planning.fake import GPUNorms, measure
+from moa_lightning.planning.fake import gpu_norms, measure
 from tests.planning.nets import BATCH, TASKS, Sizes, built, planned
 from tests.runs.fits import ROOT
 
@@ -90,7 +90,7 @@ def test_every_feed_forward_layer_can_be_planned(ffn):
 def test_the_norms_of_a_gpu_are_the_same_norms_in_float32(norm):
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     expected = norm(x)
-    with GPUNorms():
+    with gpu_norms():
         torch.testing.assert_close(norm(x), expected)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = norm(x.bfloat16())
@@ -103,6 +103,15 @@ def test_autocast_of_a_gpu_keeps_more():
     tokens = BATCH * 50
     # the decoder's stream is bfloat16: three norms of width 32 read it in float32 and keep two bytes a number more
     assert gpu - cpu == pytest.approx(3 * 2 * tokens * 32, rel=0.1)
+
+
+@pytest.mark.parametrize("task", ["language", "mae"])
+def test_recomputation_keeps_less(task):
+    every, products, nothing = (
+        planned(task, "moa", recompute, precision="bf16-mixed", gpu=True).activations
+        for recompute in (False, "selective", True)
+    )
+    assert 0 < nothing < products < every
 
 
 def test_two_billion_parameters_take_seconds_and_no_memory():
