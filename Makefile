@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := moa_lightning tasks data tests
+SOURCES := moa_lightning tasks data benchmarks tests
 
 .PHONY: quickstart test lint types unit soak clean
 
