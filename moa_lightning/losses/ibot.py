@@ -1,0 +1,42 @@
+"""The masked-patch loss of iBOT (Zhou et al., arXiv 2111.07832, eq. 2) with the weights of DINOv2 (Oquab et al., arXiv
+2304.07193): the student, which does not see some patches of a crop, predicts what the teacher, which does, says of
+each."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .centering import CenteredLoss
+
+
+def masked_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where masked patches lie, and how much each counts.
+
+    Args:
+        mask: bool (n, N), True where a patch of a crop is masked; on the CPU, as a GPU would have to be waited for.
+
+    Returns:
+        positions: int64 (M,) of the masked patches in the flattened mask, in their order.
+        weights: float32 (M,), 1 / (n · masked patches of its crop). A sum with these weights is a mean over crops of
+            means over their masked patches; a crop without any counts as 0.
+    """
+    positions = mask.flatten().nonzero().flatten()
+    counts = mask.sum(1)[positions // mask.shape[1]]
+    return positions, 1 / (len(mask) * counts.float())
+
+
+class IBOTLoss(CenteredLoss):
+    """See CenteredLoss for its options; centre and assignments are those of masked patches alone."""
+
+    def forward(self, student: Tensor, teacher: Tensor, weights: Tensor, teacher_temperature: float) -> Tensor:
+        """Weighted sum of the cross-entropies of masked patches, a scalar.
+
+        Args:
+            student, teacher: (M, K) outputs for the masked patches; M may be 0.
+            weights: (M,), see masked_positions.
+            teacher_temperature: divides the centred teacher outputs.
+        """
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        log_p = F.log_softmax(student.to(dtype) / self.student_temperature, dim=-1)
+        q = self.log_targets(teacher, teacher_temperature).exp()
+        return -(weights * (q * log_p).sum(-1)).sum()
