@@ -1,10 +1,11 @@
 """Which patches of its global crops a student does not see in DINOv2's masked-patch loss, and the options of that loss.
 
 Blocks as in BEiT (Bao et al., arXiv 2106.08254) with the numbers of DINOv2 (Oquab et al., arXiv 2304.07193, and its
-code): rectangles of random area and ratio are laid on the grid, also over each other, until the wanted number of patches
-is covered or ten in a row do not fit. There a fixed number of a batch's crops is masked, their ratios spread evenly; here
-masks follow from a sample's seed alone, so they are the same whatever the batch and the number of processes: each image
-has as many masked crops as the probability says (one of two at the official 1/2), each crop a ratio of its own. [O]
+code): rectangles of random area and ratio are laid on the grid, also over each other, until the wanted number of
+patches is covered or ten in a row do not fit. There a fixed number of a batch's crops is masked, their shares of masked
+patches spread evenly. Here masks follow from a sample's seed alone, so they are the same whatever the batch and the
+number of processes: each image has as many masked crops as the probability says (one of two at the official 1/2), each
+of them a share of its own. [O]
 
 A mask is one whole number while it is drawn, a bit for each patch, so that a block is a few operations.
 """
@@ -54,7 +55,7 @@ class IBOTConfig:
                 "above 0, and a share in (0, 1]"
             )
         if not 0 <= low <= high < 1 or high == 0:
-            raise UserError(f"ibot.mask_ratio is {(low, high)}; give two shares in [0, 1), the smaller first, not both 0")
+            raise UserError(f"ibot.mask_ratio is {(low, high)}; give shares in [0, 1), the smaller first, one above 0")
         if min(self.out_dim or 1, self.hidden_dim, self.bottleneck_dim) < 1 or self.out_dim == 0:
             raise UserError("ibot.out_dim (or null), ibot.hidden_dim and ibot.bottleneck_dim must be at least 1")
 

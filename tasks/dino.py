@@ -1,8 +1,8 @@
 """Self-distillation without labels (Caron et al., arXiv 2104.14294): a student learns to predict, from any crop, what
-an averaged teacher says of another."""
+an averaged teacher says of another; optionally with what DINOv2 (Oquab et al., arXiv 2304.07193) adds to it."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.losses import DINOLoss, koleo_loss
+from moa_lightning.losses.centering import Centering
+from moa_lightning.losses.ibot import IBOTLoss, masked_positions
+from moa_lightning.masking import IBOTConfig, draw_masks
 from moa_lightning.models import SelfDistillation
+from moa_lightning.models.dino import MaskedOutputs
 from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule, group_name, total_norm
 
 from .base import Recompute, as_config
@@ -51,6 +55,9 @@ class DINO(SelfSupervised):
         teacher_momentum: weight of the old teacher at the first step; rises to 1 along a cosine. None: it averages
             over a twentieth of the run at most, and 0.996 from 5,000 steps on.
         center_momentum: weight of the old centre.
+        centering: what keeps the teacher from saying the same of every image: "mean" takes a running mean of its
+            outputs away, "sinkhorn_knopp" shares a batch out evenly over the prototypes, as in DINOv2's long recipes.
+        ibot: the masked-patch loss of iBOT as in DINOv2; None: without.
         koleo_weight: of KoLeo on the student's features of the global crops, as in DINOv2 (there 0.1).
         clip_per_parameter: clip the gradient of each parameter to trainer.gradient_clip_val by itself, as the official
             code does, instead of all of them as one vector.
@@ -67,6 +74,8 @@ class DINO(SelfSupervised):
         weights_from: a run's folder or a checkpoint whose weights the net starts with; what LA or MoA adds to a fixed
             activation begins at the identity start, where the net computes what it computed there.
     """
+
+    forward_methods = ("features", "masked")
 
     def __init__(
         self,
@@ -85,6 +94,8 @@ class DINO(SelfSupervised):
         freeze_last_layer: float = 0.01,
         teacher_momentum: float | None = 0.996,
         center_momentum: float = 0.9,
+        centering: Centering = "mean",
+        ibot: IBOTConfig | None = None,
         koleo_weight: float = 0.0,
         clip_per_parameter: bool = False,
         final_weight_decay: float | None = 0.4,
@@ -99,6 +110,9 @@ class DINO(SelfSupervised):
     ) -> None:
         super().__init__(optimizer, seed, compile, activation_checkpointing, weights_from)
         self.ffn = as_config(FFNConfig, ffn)
+        self.ibot = None if ibot is None else as_config(IBOTConfig, ibot)
+        if centering not in get_args(Centering):
+            raise UserError(f"model.centering is '{centering}'; choose from {', '.join(get_args(Centering))}")
         self.keep_hyperparameters(
             backbone=backbone,
             backbone_args=backbone_args or {},
@@ -115,6 +129,8 @@ class DINO(SelfSupervised):
             freeze_last_layer=freeze_last_layer,
             teacher_momentum=teacher_momentum,
             center_momentum=center_momentum,
+            centering=centering,
+            ibot=self.ibot,
             koleo_weight=koleo_weight,
             clip_per_parameter=clip_per_parameter,
             final_weight_decay=final_weight_decay,
@@ -128,8 +144,10 @@ class DINO(SelfSupervised):
             weights_from=weights_from,
         )
         self.loss: Any = None
+        self.patch_loss: Any = None
         self.view_sizes: list[int] = []
         self._student_features: Tensor | None = None
+        self._images = 0  # in the batch that is going through the net
 
     def choose(self) -> None:
         if self.hparams["out_dim"] is None:
@@ -137,7 +155,10 @@ class DINO(SelfSupervised):
                 raise UserError("out_dim is open: give model.init_args.out_dim, or train with data that know it")
             self._choose("out_dim", default_out_dim(self.data.train_samples))
         h = self.hparams
-        self.loss = DINOLoss(h["out_dim"], h["student_temperature"], h["center_momentum"])
+        how = h["student_temperature"], h["center_momentum"], h["centering"]
+        self.loss = DINOLoss(h["out_dim"], *how)
+        if self.ibot is not None:
+            self.patch_loss = IBOTLoss(self.ibot.out_dim or h["out_dim"], *how)
 
     def choose_schedules(self) -> None:
         steps = self.total_steps
@@ -164,6 +185,7 @@ class DINO(SelfSupervised):
             h["norm_last_layer"],
             h["drop_path_rate"],
             seed,
+            self.ibot,
         )
         self.load_weights(net.student.backbone, net.teacher.backbone)
         return net
@@ -173,7 +195,7 @@ class DINO(SelfSupervised):
         of all crops for KoLeo."""
 
         def keep_teacher(head: nn.Module, inputs: tuple[Tensor]) -> None:
-            self.train_features = inputs[0].detach()[: len(inputs[0]) // 2]
+            self.train_features = inputs[0].detach()[: self._images]
 
         def keep_student(head: nn.Module, inputs: tuple[Tensor]) -> None:
             self._student_features = inputs[0]
@@ -182,30 +204,57 @@ class DINO(SelfSupervised):
         if self.hparams["koleo_weight"]:
             self.net.student.head.register_forward_pre_hook(keep_student)
 
-    def koleo(self, batch_size: int) -> Tensor:
+    def koleo(self) -> Tensor:
         """KoLeo of the last forward pass, summed over the two global crops."""
         features, self._student_features = self._student_features, None  # kept longer, it would hold the whole graph
         assert features is not None
-        return sum((koleo_loss(crop) for crop in features[: 2 * batch_size].split(batch_size)), features.new_zeros(()))
+        crops = features[: 2 * self._images].split(self._images)
+        return sum((koleo_loss(crop) for crop in crops), features.new_zeros(()))
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Draw the masks of a training batch while its seeds lie on the host: how many patches they hide is then known
+        there, and the device need not be waited for."""
+        if self.ibot is None or "views" not in batch:
+            return batch
+        embed = self.net.student.backbone.patch_embed
+        rows, columns = embed.dynamic_feat_size(batch["views"][0].shape[-2:])
+        mask = draw_masks(batch["seed"].tolist(), rows, columns, self.ibot)
+        positions, weights = masked_positions(mask)
+        return {**batch, "mask": mask, "masked": positions, "masked_weights": weights}
+
+    def outputs(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """What the net makes of a training batch: student and teacher, with masks also of the hidden patches."""
+        self._images = len(batch["views"][0])
+        if self.ibot is None:
+            return self.net(batch["views"])
+        masked: MaskedOutputs = self.net.masked(batch["views"], batch["mask"], batch["masked"])
+        return masked
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         if len(batch["views"]) < 2:
             raise UserError("DINO needs at least two views of an image: set data.init_args.transform to MultiCrop")
         self.view_sizes = [view.shape[-1] for view in batch["views"]]
-        student, teacher = self.net(batch["views"])
-        loss, entropy = self.loss(student, teacher, self.teacher_temperature())
+        student, teacher, *patches = self.outputs(batch)
+        temperature = self.teacher_temperature()
+        loss, entropy = self.loss(student, teacher, temperature)
         self.loss.update_center(teacher)
+        parts = {"dino": loss}
+        if self.ibot is not None:
+            parts["ibot"] = self.patch_loss(*patches, batch["masked_weights"], temperature)
+            self.patch_loss.update_center(patches[1])
+            loss = loss + self.ibot.weight * parts["ibot"]
         weight = self.hparams["koleo_weight"]
         if weight:
-            koleo = self.koleo(len(teacher) // 2)
-            self.log("train/koleo", koleo.detach(), sync_dist=True)
-            loss = loss + weight * koleo
+            parts["koleo"] = self.koleo()
+            loss = loss + weight * parts["koleo"]
+        for name, part in parts.items() if len(parts) > 1 else ():
+            self.log(f"train/{name}", part.detach(), sync_dist=True)
         self.log("train/loss", loss.detach(), sync_dist=True)
         self.log("train/teacher_entropy", entropy / math.log(self.hparams["out_dim"]), sync_dist=True)
         return loss
 
     def mix_forward(self, batch: dict[str, Any]) -> None:
-        self.net(batch["views"])
+        self.outputs(batch)
 
     def evaluated_backbone(self) -> Any:
         return self.net.teacher.backbone
@@ -221,8 +270,10 @@ class DINO(SelfSupervised):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.progress < self.hparams["freeze_last_layer"]:
-            for parameter in self.net.student.head.last_layer.parameters():
-                parameter.grad = None
+            student = self.net.student
+            for head in filter(None, (student.head, student.patch_head)):
+                for parameter in head.last_layer.parameters():
+                    parameter.grad = None
         final = self.hparams["final_weight_decay"]
         if final is not None:
             decay = cosine_schedule(self.optimizer_config.weight_decay, final, self.progress)
@@ -247,5 +298,6 @@ class DINO(SelfSupervised):
         self.net.update_teacher(before)
 
     def flops_per_sample(self) -> float:
-        student, teacher = self.net.flops_per_image(self.view_sizes)
+        share = 0.0 if self.ibot is None else self.ibot.masked_share
+        student, teacher = self.net.flops_per_image(self.view_sizes, share)
         return 3.0 * student + teacher  # nothing goes back through the teacher

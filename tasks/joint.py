@@ -158,6 +158,11 @@ class Joint(Task):
                 "to be told: set --trainer.strategy ddp_find_unused_parameters_true"
             )
 
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """What a part does with a training batch of its own on the host."""
+        own = {domain: batch[domain] for domain in self.parts if batch.get(domain) is not None}
+        return batch | {d: self.parts[d].on_before_batch_transfer(part, dataloader_idx) for d, part in own.items()}
+
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         return self.net(lambda: self._loss(batch, batch_index))
 

@@ -1,10 +1,10 @@
-"""What a self-distilling teacher's outputs are turned into before the student learns them, so that they do not collapse.
+"""What a self-distilling teacher's outputs are turned into before the student learns them, so that they do not
+collapse.
 
 "mean": a running mean of the outputs, the centre, is taken away before the softmax (Caron et al., arXiv 2104.14294).
-"sinkhorn_knopp": the outputs of a batch are normalised in turn until every prototype is used as much as any other (Caron
-et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882; three turns, as
-in DINOv2, Oquab et al., arXiv 2304.07193). It is done with logarithms: the same numbers as with products, but no
-exponential can overflow, and no prototype's total can become zero.
+"sinkhorn_knopp": the outputs of a batch are normalised in turn until every prototype is used as much as any other
+(Caron et al., SwAV, arXiv 2006.09882; three turns, as in DINOv2, Oquab et al., arXiv 2304.07193). It is done with
+logarithms: the same numbers as with products, but nothing overflows, and no total can become zero.
 """
 
 from typing import Literal, TypeAlias

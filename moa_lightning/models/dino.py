@@ -1,7 +1,9 @@
 """Self-distillation without labels: a student and an averaged teacher, each a timm ViT with a projection head (Caron et
-al., arXiv 2104.14294)."""
+al., arXiv 2104.14294), and with a token in the place of patches that the student does not see (iBOT, Zhou et al., arXiv
+2111.07832; as DINOv2 has it, Oquab et al., arXiv 2304.07193)."""
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..feedforward import FFNConfig
+from ..masking import IBOTConfig
 from ..optim.norms import split_sharded
 from .init import initialize, vision_rule
-from .vit import blocks_flops, build_vit, check_size, is_plain
+from .vit import blocks_flops, build_vit, check_size, is_plain, masking
 
 
 class DINOHead(nn.Module):
@@ -55,16 +58,33 @@ class CosineLinear(nn.Linear):
 
 
 class ProjectedViT(nn.Module):
-    """A backbone and its head; crops of one size (n, C, H, W) -> (n, out_dim)."""
+    """A backbone and its head; crops of one size (n, C, H, W) -> (n, out_dim). `patch_head` is one for patches, where
+    they have their own."""
 
-    def __init__(self, backbone: Any, head: DINOHead) -> None:
+    def __init__(self, backbone: Any, head: DINOHead, patch_head: DINOHead | None = None) -> None:
         super().__init__()
         self.backbone: Any = backbone
-        self.head = head
+        self.head, self.patch_head = head, patch_head
 
     def forward(self, views: list[Tensor]) -> Tensor:
         """Crops [(B, C, H, W), ...] -> (crops·B, out_dim), crop after crop, one backbone pass per size."""
         return self.head(torch.cat([self.backbone(torch.cat(group)) for group in group_by_size(views)]))
+
+    def with_patches(
+        self, views: list[Tensor], positions: Tensor, hiding: AbstractContextManager[None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Also the outputs (M, K) of patches: those at `positions` (M,) among all patches of the two global crops, crop
+        after crop. Patches are normalised as the feature of a crop is; the global crops pass within `hiding`."""
+        net = self.backbone
+        with hiding or nullcontext():
+            tokens = net.forward_features(torch.cat(views[:2]))
+        patches = net.fc_norm(tokens[:, int(net.num_prefix_tokens) :]).flatten(0, 1)[positions]
+        local = [net(torch.cat(group)) for group in group_by_size(views[2:])]
+        crops = torch.cat([net.forward_head(tokens), *local])
+        if self.patch_head is not None:
+            return self.head(crops), self.patch_head(patches)
+        out = self.head(torch.cat([crops, patches]))
+        return out[: len(crops)], out[len(crops) :]
 
 
 def group_by_size(views: list[Tensor]) -> list[list[Tensor]]:
@@ -78,6 +98,18 @@ def group_by_size(views: list[Tensor]) -> list[list[Tensor]]:
     return groups
 
 
+class MaskedOutputs(NamedTuple):
+    """Outputs of a student that does not see all patches, and of its teacher, which does."""
+
+    student: Tensor
+    """of all views, (crops·B, K)"""
+    teacher: Tensor
+    """of the global crops, (2·B, K)"""
+    student_patches: Tensor
+    """for the hidden patches, (M, K)"""
+    teacher_patches: Tensor
+
+
 class SelfDistillation(nn.Module):
     """Student and teacher. Views [(B, C, H, W), ...] -> student outputs of all views, teacher outputs of the globals.
 
@@ -87,6 +119,7 @@ class SelfDistillation(nn.Module):
         ffn: feed-forward layers of the backbone.
         out_dim, hidden_dim, bottleneck_dim, norm_last_layer: the head.
         drop_path_rate: of the student only.
+        ibot: adds a mask token and, where it says so, heads for patches.
         seed: initial weights are a function of (seed, parameter name); the teacher starts as the student.
     """
 
@@ -103,6 +136,7 @@ class SelfDistillation(nn.Module):
         norm_last_layer: bool = True,
         drop_path_rate: float = 0.1,
         seed: int = 0,
+        ibot: IBOTConfig | None = None,
     ) -> None:
         super().__init__()
 
@@ -114,13 +148,18 @@ class SelfDistillation(nn.Module):
                 raise UserError(f"'{backbone}' is not a plain vision transformer, which multi-crop training needs")
             check_size(vit, image_size)
             head = DINOHead(int(vit.num_features), out_dim, hidden_dim, bottleneck_dim, norm_last_layer)
-            return ProjectedViT(vit, head)
+            if ibot is None or ibot.out_dim is None:
+                return ProjectedViT(vit, head)
+            sizes = ibot.out_dim, ibot.hidden_dim, ibot.bottleneck_dim
+            return ProjectedViT(vit, head, DINOHead(int(vit.num_features), *sizes, norm_last_layer))
 
         self.student = build(drop_path_rate)
         initialize(self.student, seed, dino_rule)
         self.teacher = build(0.0)
         initialize(self.teacher, seed, dino_rule)  # the same names: the same values
         self.teacher.requires_grad_(False).eval()
+        # not a part of the student: the teacher sees every patch, and the encoder that is exported has no such token
+        self.mask_token = None if ibot is None else nn.Parameter(torch.zeros(1, int(self.student.backbone.embed_dim)))
 
     def train(self, mode: bool = True) -> "SelfDistillation":
         super().train(mode)
@@ -128,11 +167,29 @@ class SelfDistillation(nn.Module):
         return self
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
-        for view in views:
-            check_size(self.student.backbone, view.shape[-1])
+        self._check(views)
         with torch.no_grad():
             teacher = self.teacher(views[:2])
         return self.student(views), teacher
+
+    def masked(self, views: list[Tensor], mask: Tensor, positions: Tensor) -> MaskedOutputs:
+        """The same with patches of the global crops hidden from the student, and what both say of these.
+
+        Args:
+            mask: bool (2·B, N), True where a patch is hidden; crop after crop.
+            positions: int64 (M,) of the hidden patches in the flattened mask.
+        """
+        assert self.mask_token is not None
+        self._check(views)
+        with torch.no_grad():
+            teacher, teacher_patches = self.teacher.with_patches(views[:2], positions)
+        hiding = masking(self.student.backbone, mask, self.mask_token)
+        student, student_patches = self.student.with_patches(views, positions, hiding)
+        return MaskedOutputs(student, teacher, student_patches, teacher_patches)
+
+    def _check(self, views: list[Tensor]) -> None:
+        for view in views:
+            check_size(self.student.backbone, view.shape[-1])
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -148,10 +205,13 @@ class SelfDistillation(nn.Module):
         """One vector an image (B, D) from the teacher's backbone, as timm pools it (class token where there is one)."""
         return self.teacher.backbone(images)
 
-    def flops_per_image(self, view_sizes: list[int]) -> tuple[float, float]:
+    def flops_per_image(self, view_sizes: list[int], masked_share: float = 0.0) -> tuple[float, float]:
         """Matrix-product FLOPs of one forward pass for one image: of the student (all views), the teacher (two).
 
         Attention pooling, which some backbones have, is not counted.
+
+        Args:
+            masked_share: of the patches of the global crops, all of which pass a head.
         """
         net = self.student.backbone
         patch = int(net.patch_embed.patch_size[0])
@@ -162,7 +222,9 @@ class SelfDistillation(nn.Module):
             blocks = blocks_flops(net.blocks, int(net.embed_dim), patches + int(net.num_prefix_tokens))
             return 2.0 * embed * patches + blocks + 2.0 * head
 
-        return sum(map(view, view_sizes)), sum(map(view, view_sizes[:2]))
+        masked = masked_share * sum((size // patch) ** 2 for size in view_sizes[:2])
+        patches = 2.0 * masked * (self.student.patch_head or self.student.head).matrix_weights()
+        return sum(map(view, view_sizes)) + patches, sum(map(view, view_sizes[:2])) + patches
 
 
 def dino_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:

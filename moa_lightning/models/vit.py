@@ -103,6 +103,22 @@ def make_maskable(net: Any, name: str) -> PatchSelector:
     return selector
 
 
+@contextmanager
+def masking(net: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
+    """In this block a plain vision transformer gets `token` (1, D) in the place of the embedded patches that `mask`,
+    bool (B, N), names; they keep their positions, of whatever kind."""
+
+    def replace(embed: nn.Module, inputs: Any, patches: Tensor) -> Tensor:
+        places = mask.view(*patches.shape[:-1], 1)  # of (B, N, D), or (B, rows, columns, D)
+        return torch.where(places, token.to(patches.dtype), patches)
+
+    hook = net.patch_embed.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def is_plain(net: nn.Module) -> bool:
     """Whether a timm net turns separate patches into one sequence of tokens, as a plain vision transformer does."""
     return hasattr(net, "num_prefix_tokens") and isinstance(getattr(net, "patch_embed", None), PatchEmbed)
