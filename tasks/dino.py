@@ -15,7 +15,7 @@ from moa_lightning.losses.ibot import IBOTLoss, masked_positions
 from moa_lightning.masking import IBOTConfig, draw_masks
 from moa_lightning.models import SelfDistillation
 from moa_lightning.models.dino import MaskedOutputs
-from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule, group_name, total_norm
+from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule, is_of_kind, total_norm
 
 from .base import Recompute, as_config
 from .vision import SelfSupervised
@@ -61,6 +61,9 @@ class DINO(SelfSupervised):
         koleo_weight: of KoLeo on the student's features of the global crops, as in DINOv2 (there 0.1).
         clip_per_parameter: clip the gradient of each parameter to trainer.gradient_clip_val by itself, as the official
             code does, instead of all of them as one vector.
+        layer_decay: each layer of the backbone learns at this share of the rate of the layer above (0.9 in DINOv2's
+            recipe for ImageNet-1k); 1: all alike.
+        patch_embed_rate: of the patch embedding, in units of what its layer has (0.2 in DINOv2).
         final_weight_decay: weight decay at the end of the run, reached along a cosine; None: constant.
         backbone_weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa
             export wrote, or a file of timm's, MAE's or DINO's own weights. None: from scratch.
@@ -98,6 +101,8 @@ class DINO(SelfSupervised):
         ibot: IBOTConfig | None = None,
         koleo_weight: float = 0.0,
         clip_per_parameter: bool = False,
+        layer_decay: float = 1.0,
+        patch_embed_rate: float = 1.0,
         final_weight_decay: float | None = 0.4,
         backbone_weights: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, weight_decay=0.04),  # noqa: B008
@@ -113,6 +118,11 @@ class DINO(SelfSupervised):
         self.ibot = None if ibot is None else as_config(IBOTConfig, ibot)
         if centering not in get_args(Centering):
             raise UserError(f"model.centering is '{centering}'; choose from {', '.join(get_args(Centering))}")
+        if not 0 < layer_decay <= 1 or not 0 < patch_embed_rate <= 1:
+            raise UserError(
+                f"model.layer_decay is {layer_decay} and model.patch_embed_rate {patch_embed_rate}; give numbers above 0 "
+                "and at most 1"
+            )
         self.keep_hyperparameters(
             backbone=backbone,
             backbone_args=backbone_args or {},
@@ -133,6 +143,8 @@ class DINO(SelfSupervised):
             ibot=self.ibot,
             koleo_weight=koleo_weight,
             clip_per_parameter=clip_per_parameter,
+            layer_decay=layer_decay,
+            patch_embed_rate=patch_embed_rate,
             final_weight_decay=final_weight_decay,
             backbone_weights=backbone_weights,
             optimizer=self.optimizer_config,
@@ -256,6 +268,10 @@ class DINO(SelfSupervised):
     def mix_forward(self, batch: dict[str, Any]) -> None:
         self.outputs(batch)
 
+    def learning_rates(self) -> dict[str, float] | None:
+        shares = self.hparams["layer_decay"], self.hparams["patch_embed_rate"]
+        return None if shares == (1.0, 1.0) else self.net.layer_rates(*shares)
+
     def evaluated_backbone(self) -> Any:
         return self.net.teacher.backbone
 
@@ -278,7 +294,7 @@ class DINO(SelfSupervised):
         if final is not None:
             decay = cosine_schedule(self.optimizer_config.weight_decay, final, self.progress)
             for group in optimizer.param_groups:
-                if group["name"] in [group_name(name, self.domain) for name in DECAYING]:
+                if is_of_kind(group["name"], DECAYING, self.domain):
                     group["weight_decay"] = decay
 
     def clip_norm(self, parameters: list[nn.Parameter], largest: float, norm: Tensor) -> None:

@@ -27,7 +27,7 @@ class DINOLoss(CenteredLoss):
         batch_crops = self._crops(student, teacher)
         log_p = F.log_softmax(student.to(dtype) / self.student_temperature, dim=-1)
         log_p = log_p.unflatten(0, batch_crops[0])  # (crops, B, K)
-        log_q = self.log_targets(teacher, teacher_temperature).unflatten(0, batch_crops[1])
+        log_q = self.log_targets(teacher.to(dtype), teacher_temperature).unflatten(0, batch_crops[1])
         q = log_q.exp()
         with torch.autocast(q.device.type, enabled=False):  # which would round both to bfloat16 for the product
             cross = -torch.einsum("tbk,sbk->ts", q, log_p) / q.shape[1]  # (globals, crops)

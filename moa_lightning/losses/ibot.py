@@ -2,6 +2,7 @@
 2304.07193): the student, which does not see some patches of a crop, predicts what the teacher, which does, says of
 each."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,14 +14,15 @@ def masked_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where masked patches lie, and how much each counts.
 
     Args:
-        mask: bool (n, N), True where a patch of a crop is masked; on the CPU, as a GPU would have to be waited for.
+        mask: bool (n, N), True where a patch of a crop is masked; on the CPU, as a GPU would have to be waited for
+            to say how many they are.
 
     Returns:
         positions: int64 (M,) of the masked patches in the flattened mask, in their order.
         weights: float32 (M,), 1 / (n · masked patches of its crop). A sum with these weights is a mean over crops of
             means over their masked patches; a crop without any counts as 0.
     """
-    positions = mask.flatten().nonzero().flatten()
+    positions = torch.from_numpy(np.flatnonzero(mask.numpy()))
     counts = mask.sum(1)[positions // mask.shape[1]]
     return positions, 1 / (len(mask) * counts.float())
 
@@ -38,5 +40,5 @@ class IBOTLoss(CenteredLoss):
         """
         dtype = torch.promote_types(student.dtype, torch.float32)
         log_p = F.log_softmax(student.to(dtype) / self.student_temperature, dim=-1)
-        q = self.log_targets(teacher, teacher_temperature).exp()
+        q = self.log_targets(teacher.to(dtype), teacher_temperature).exp()
         return -(weights * (q * log_p).sum(-1)).sum()

@@ -2,6 +2,7 @@
 al., arXiv 2104.14294), and with a token in the place of patches that the student does not see (iBOT, Zhou et al., arXiv
 2111.07832; as DINOv2 has it, Oquab et al., arXiv 2304.07193)."""
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,6 +16,10 @@ from ..masking import IBOTConfig
 from ..optim.norms import split_sharded
 from .init import initialize, vision_rule
 from .vit import blocks_flops, build_vit, check_size, is_plain, masking
+
+
+BLOCK = re.compile(r"student\.backbone\.blocks\.(\d+)\.")
+STEM = re.compile(r"mask_token|student\.backbone\.(\w+_token|pos_embed|patch_embed|norm_pre|rope)\b")
 
 
 class DINOHead(nn.Module):
@@ -200,6 +205,23 @@ class SelfDistillation(nn.Module):
             torch._foreach_lerp_(olds, news, 1 - momentum)
         for old, new in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
             old.copy_(new)
+
+    def layer_rates(self, decay: float, patch_embed: float) -> dict[str, float]:
+        """Learning rate of each parameter of the student in units of its head's: `decay` once for every layer above it,
+        and `patch_embed` besides for the patch embedding.
+
+        Layers, as DINOv2 counts them: patches, tokens and positions; each block; the last norm and the heads.
+        """
+        top = len(self.student.backbone.blocks) + 1
+
+        def rate(name: str) -> float:
+            if match := BLOCK.match(name):
+                return decay ** (top - 1 - int(match[1]))
+            if not STEM.match(name):
+                return 1.0
+            return decay**top * (patch_embed if ".patch_embed." in name else 1.0)
+
+        return {name: rate(name) for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def features(self, images: Tensor) -> Tensor:
         """One vector an image (B, D) from the teacher's backbone, as timm pools it (class token where there is one)."""

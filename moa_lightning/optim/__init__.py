@@ -11,6 +11,7 @@ from .schedules import (
     build_optimizer,
     cosine_schedule,
     group_name,
+    is_of_kind,
     learning_rate_factor,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "build_optimizer",
     "cosine_schedule",
     "group_name",
+    "is_of_kind",
     "learning_rate_factor",
     "net_weights",
     "parameter_groups",

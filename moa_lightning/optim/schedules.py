@@ -7,7 +7,7 @@ several lengths can be branched from checkpoints of one: docs/optimizers.md.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -133,6 +133,13 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
 def group_name(name: str, domain: str | None) -> str:
     """Name of a parameter group; in an optimiser for several nets with the domain of its net."""
     return name if domain is None else f"{name}_{domain}"
+
+
+def is_of_kind(group: str, kinds: Sequence[str], domain: str | None) -> bool:
+    """Whether a parameter group of that name, also one of several with rates of their own, is of one of the kinds (see
+    groups.py) and belongs to the domain."""
+    suffix = group_name("", domain)
+    return group.endswith(suffix) and group.removesuffix(suffix).partition(" x ")[0] in kinds
 
 
 class Optimized(NamedTuple):

@@ -1,4 +1,5 @@
-"""Student and teacher on every family: batches of crops, the average, the head, gradients, attention, costs."""
+"""Student and teacher on every family: batches of crops, hidden patches, the average, the head, gradients, attention,
+costs."""
 
 import io
 
@@ -7,6 +8,7 @@ import torch
 
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
+from moa_lightning.masking import IBOTConfig
 from moa_lightning.models import SelfDistillation
 from moa_lightning.models.attention import look
 from moa_lightning.models.dino import DINOHead, group_by_size
@@ -71,6 +73,85 @@ def test_gradient_reaches_every_parameter_of_every_ffn(ffn: str) -> None:
     net = shake(dino(ffn=ffn), scale=0.1)
     net(views())[0].logsumexp(-1).sum().backward()
     assert not [n for n, p in net.student.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+HIDDEN = [1, 6, 7, 16 + 3, 3 * 16 + 15]  # patches among the 4 x 16 of two global crops of two images
+
+
+def masked(net: SelfDistillation, crops: list[torch.Tensor], hidden: list[int] = HIDDEN):
+    mask = torch.zeros(64, dtype=torch.bool)
+    mask[hidden] = True
+    return net.masked(crops, mask.view(4, 16), torch.tensor(hidden, dtype=torch.int64))
+
+
+@every_family
+def test_the_student_does_not_see_hidden_patches_and_the_teacher_does(name: str) -> None:
+    net, crops = shake(dino(name, ibot=IBOTConfig())), views()
+    other = [crop.clone() for crop in crops]
+    for n in HIDDEN:
+        image, patch = divmod(n, 16)
+        row, column = 4 * (patch // 4), 4 * (patch % 4)
+        other[image // 2][image % 2, :, row : row + 4, column : column + 4] += 1
+    with torch.no_grad():
+        first, second = masked(net, crops), masked(net, other)
+        assert torch.equal(first.student, second.student)
+        assert torch.equal(first.student_patches, second.student_patches)
+        assert (first.teacher - second.teacher).abs().amax(1).min() > 1e-4
+        assert (first.teacher_patches - second.teacher_patches).abs().amax(1).min() > 1e-4
+        assert torch.allclose(first.teacher, net.teacher(crops[:2]), atol=1e-6)
+        # a token has the position of its patch
+        assert not torch.allclose(first.student_patches[1], first.student_patches[2], rtol=0, atol=1e-4)
+        net.mask_token += 1
+        third = masked(net, crops)
+        assert (third.student - first.student)[:4].abs().amax(1)[[0, 1, 3]].min() > 1e-4
+        assert torch.allclose(third.student[4:], first.student[4:], atol=1e-6)  # crops in which nothing is hidden
+
+
+@every_family
+def test_with_nothing_hidden_the_outputs_are_those_of_a_plain_pass(name: str) -> None:
+    net = shake(dino(name, ibot=IBOTConfig()))
+    with torch.no_grad():
+        found, (student, teacher) = masked(net, views(), []), net(views())
+    assert torch.allclose(found.student, student, atol=1e-6)
+    assert torch.allclose(found.teacher, teacher, atol=1e-6)
+    assert found.student_patches.shape == found.teacher_patches.shape == (0, 10)
+
+
+def test_patches_pass_the_head_of_the_crops_or_their_own() -> None:
+    """The teacher's, whose input is what timm's own forward pass leaves behind the last norm."""
+    for own in (None, 8):
+        net, crops = shake(dino(ibot=IBOTConfig(out_dim=own, hidden_dim=5, bottleneck_dim=3))), views()
+        shake(net.teacher.requires_grad_(True), seed=1).requires_grad_(False)
+        with torch.no_grad():
+            tokens = net.teacher.backbone.forward_features(torch.cat(crops[:2]))[:, 1:].flatten(0, 1)[HIDDEN]
+            head = net.teacher.head if own is None else net.teacher.patch_head
+            assert torch.allclose(masked(net, crops).teacher_patches, head(tokens), atol=1e-5)
+        assert head(tokens).shape == (5, own or 10)
+
+
+@pytest.mark.parametrize("own", [None, 8])
+def test_gradient_reaches_token_and_heads_also_where_nothing_is_hidden(own: int | None) -> None:
+    """DDP wants a gradient for every parameter in every process."""
+    net = shake(dino(ibot=IBOTConfig(out_dim=own, hidden_dim=5, bottleneck_dim=3), norm_last_layer=False), scale=0.1)
+    trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+    for hidden in ([], HIDDEN):
+        net.zero_grad()
+        found = masked(net, views(), hidden)
+        (found.student.logsumexp(-1).sum() + found.student_patches.logsumexp(-1).sum()).backward()
+        assert not [n for n, p in trained if p.grad is None]
+        idle = {n for n, p in trained if not p.grad.any()}
+        alone = {n for n, _ in trained if n == "mask_token" or "patch_head" in n}
+        assert idle == (set() if hidden else alone)
+    assert ("student.patch_head.last_layer.weight" in dict(trained)) == (own is not None)
+    assert not net.teacher.requires_grad_().training
+
+
+def test_flops_count_the_heads_of_hidden_patches() -> None:
+    net, one = dino(ibot=IBOTConfig(out_dim=8, hidden_dim=5, bottleneck_dim=3)), views(1)
+    student, teacher = net.flops_per_image([view.shape[-1] for view in one], masked_share=4 / 32)
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, :4] = True
+    assert student + teacher == counted_flops(lambda: net.masked(one, mask, torch.arange(4)))
 
 
 def test_the_teacher_is_a_running_average_of_the_student() -> None:

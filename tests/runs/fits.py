@@ -28,6 +28,7 @@ from moa_lightning import FFNConfig
 from moa_lightning.callbacks import MultipleChoice, default_callbacks
 from moa_lightning.callbacks.pruning import Pruning
 from moa_lightning.checkpoints import RunCheckpointIO
+from moa_lightning.masking import IBOTConfig
 from moa_lightning.models import GPTConfig
 from moa_lightning.moe import MoEConfig
 from moa_lightning.optim import OptimizerConfig
@@ -47,6 +48,7 @@ BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
 FIRST = 5
 CLASSIFICATION, SOURCES = "classification-moa", "language-moa-mixture"
 EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", SOURCES, CLASSIFICATION]
+MASKED = "dino-moa-masked"
 EXPERTS_STEPS, EXPERTS_SAVED_AT, EXPERTS_VALIDATED = 6, 4, 3
 PRUNED = ["language-moa-averaged", "dino-moa"]
 PRUNED_STEPS, PRUNED_SAVED_AT, SPARSITY = 5, 3, 0.6
@@ -89,6 +91,11 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }
 """options of language models beside their ffn, as fit names have them: language-<ffn>-<extra>; mixture: of sources,
 with documents kept apart and an average of the weights"""
+DINOV2: dict[str, Any] = {
+    "centering": "sinkhorn_knopp",
+    "ibot": IBOTConfig(weight=2.0, out_dim=48, hidden_dim=64, bottleneck_dim=16),
+}
+"""options of dino-<ffn>-masked"""
 
 
 def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
@@ -122,6 +129,7 @@ def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
         freeze_last_layer=0.1,
         final_weight_decay=0.8,
         seed=0,
+        **(DINOV2 if extra == "masked" else {}),
     )
 
 
@@ -180,7 +188,7 @@ def fit(
 
     Args:
         kind: "one", "ddp" or "fsdp".
-        name: "<task>-<ffn>", or "language-<ffn>-<extra>".
+        name: "<task>-<ffn>", "language-<ffn>-<extra>", or MASKED.
         folder: for the checkpoint.
         accumulate: micro-batches of a step; the batch of a step stays the same.
         stop_at: the step at which to stop short; the schedules are those of STEPS all the same.
@@ -245,11 +253,11 @@ def program(kind: str, folder: Path) -> dict[str, Record]:
 
 
 def experts(kind: str, folder: Path) -> dict[str, Record]:
-    """EXPERTS_STEPS steps of the fits in EXPERTS, and again from the checkpoint of step EXPERTS_SAVED_AT; of
-    the first one also in half batches."""
+    """EXPERTS_STEPS steps of the fits in EXPERTS and of MASKED, and again from the checkpoint of step
+    EXPERTS_SAVED_AT; of the first one also in half batches."""
     torch.set_num_threads(1)
     records = {}
-    for name in EXPERTS:
+    for name in (*EXPERTS, MASKED):
         options: dict[str, Any] = {"stop_at": EXPERTS_STEPS, "validate_every": EXPERTS_VALIDATED}
         if name == SOURCES:
             options["callbacks"] = [Answers(folder)]

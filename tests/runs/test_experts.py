@@ -1,5 +1,5 @@
-"""Experts, Muon, a mixture of sources and fine-tuning under one process, DDP and FSDP2: the same run, also stopped and
-resumed.
+"""Experts, Muon, a mixture of sources, fine-tuning and DINO with DINOv2's parts under one process, DDP and FSDP2: the
+same run, also stopped and resumed.
 
 The load is counted over all processes, so the balance loss and the biases do not depend on their number. Muon enlarges
 rounding errors, so its runs only start alike.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .fits import CLASSIFICATION, EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, SOURCES
+from .fits import CLASSIFICATION, EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, MASKED, SOURCES
 from .golden import assert_continues, deviation
 from .group import Ranks, by_kind
 from .record import Record
@@ -24,7 +24,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ranks]:
     return by_kind("experts", tmp_path_factory)
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", [*EXPERTS, MASKED])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_the_uninterrupted_one(found, kind, name):
     for rank in found(kind):
@@ -51,6 +51,21 @@ def test_two_processes_are_one(found, kind, name):
             assert deviation(losses(rank[name]), losses(expected)) < near
             for key, weight in expected.weights.items():
                 assert (rank[name].weights[key] - weight).norm() <= 1e-3 * weight.norm(), key
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_masks_and_assignments_are_those_of_one_process(found, kind):
+    """Two processes hide different numbers of patches. The keys' biases end anywhere, see test_world_sizes.py."""
+    expected = found("one")[0][MASKED]
+    for rank in found(kind):
+        assert deviation(rank[MASKED].loss, expected.loss) < 1e-5
+        assert deviation(rank[MASKED].norm, expected.norm) < 1e-3
+        for key, weight in expected.weights.items():
+            if not key.endswith("qkv.bias"):
+                assert (rank[MASKED].weights[key] - weight).norm() <= 1e-3 * weight.norm(), key
+    assert expected.weights["net.mask_token"].abs().max() > 1e-3
+    before, after = (expected.weights[f"net.{who}.patch_head.last_layer.weight"] for who in ("teacher", "student"))
+    assert not torch.equal(before, after)
 
 
 @pytest.mark.parametrize("kind", KINDS)
