@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from .errors import UserError
 from .random import named_seed
@@ -65,17 +64,27 @@ class IBOTConfig:
         return self.mask_probability * sum(self.mask_ratio) / 2
 
 
-def draw_masks(seeds: list[int], rows: int, columns: int, config: IBOTConfig) -> Tensor:
+def check_grid(grid: tuple[int, int], config: IBOTConfig) -> None:
+    """UserError where no block fits into a grid (rows, columns) of patches, or none is wanted."""
+    rows, columns = grid
+    if min(rows, columns) < 2 or rows * columns * config.mask_ratio[1] < 1:
+        raise UserError(
+            f"ibot.mask_ratio {tuple(config.mask_ratio)} hides nothing of {rows} x {columns} patches: take larger "
+            "images, smaller patches or a larger share"
+        )
+
+
+def draw_masks(seeds: list[int], rows: int, columns: int, config: IBOTConfig) -> NDArray[np.bool_]:
     """Masks of both global crops of each sample, from the samples' seeds.
 
     Returns:
-        bool (2·B, rows·columns), True where a patch is masked: the first crops of all samples, then the second ones.
+        (2·B, rows·columns), True where a patch is masked: the first crops of all samples, then the second ones.
     """
     size = rows * columns
     masks = [crop_masks(seed, rows, columns, config) for seed in seeds]
     octets = b"".join(mask.to_bytes(-(-size // 8), "little") for crop in zip(*masks, strict=True) for mask in crop)
     bits = np.unpackbits(np.frombuffer(octets, np.uint8).reshape(CROPS * len(seeds), -1), axis=1, bitorder="little")
-    return torch.from_numpy(bits[:, :size].astype(bool))
+    return bits[:, :size].astype(bool)
 
 
 def crop_masks(seed: int, rows: int, columns: int, config: IBOTConfig) -> list[int]:

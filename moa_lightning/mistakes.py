@@ -46,6 +46,7 @@ NOISE = (
     ".*callbacks used to create the checkpoint need to be provided.*",
     ".*torch.distributed is disabled, unavailable or uninitialized.*",
     ".*LightningCLI's args parameter is intended.*",
+    ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",  # DINO's masks, drawn there
     ".*could be decompression bomb DOS attack.*",  # data.image_base says so itself
     ".*The number of training batches .* is smaller than the logging interval.*",
 )

@@ -120,8 +120,8 @@ class DINO(SelfSupervised):
             raise UserError(f"model.centering is '{centering}'; choose from {', '.join(get_args(Centering))}")
         if not 0 < layer_decay <= 1 or not 0 < patch_embed_rate <= 1:
             raise UserError(
-                f"model.layer_decay is {layer_decay} and model.patch_embed_rate {patch_embed_rate}; give numbers above 0 "
-                "and at most 1"
+                f"model.layer_decay is {layer_decay} and model.patch_embed_rate {patch_embed_rate}; give numbers above "
+                "0 and at most 1"
             )
         self.keep_hyperparameters(
             backbone=backbone,
@@ -231,8 +231,10 @@ class DINO(SelfSupervised):
         embed = self.net.student.backbone.patch_embed
         rows, columns = embed.dynamic_feat_size(batch["views"][0].shape[-2:])
         mask = draw_masks(batch["seed"].tolist(), rows, columns, self.ibot)
-        positions, weights = masked_positions(mask)
-        return {**batch, "mask": mask, "masked": positions, "masked_weights": weights}
+        tensors = [torch.from_numpy(array) for array in (mask, *masked_positions(mask))]
+        if self.device.type == "cuda":  # what is not pinned is waited for when it travels
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return batch | dict(zip(("mask", "masked", "masked_weights"), tensors, strict=True))
 
     def outputs(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         """What the net makes of a training batch: student and teacher, with masks also of the hidden patches."""

@@ -5,26 +5,27 @@ each."""
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .centering import CenteredLoss
 
 
-def masked_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where masked patches lie, and how much each counts.
+def masked_positions(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Where masked patches lie, and how much each counts. In NumPy, as a GPU would have to be waited for to say how
+    many they are.
 
     Args:
-        mask: bool (n, N), True where a patch of a crop is masked; on the CPU, as a GPU would have to be waited for
-            to say how many they are.
+        mask: (n, N), True where a patch of a crop is masked.
 
     Returns:
-        positions: int64 (M,) of the masked patches in the flattened mask, in their order.
-        weights: float32 (M,), 1 / (n · masked patches of its crop). A sum with these weights is a mean over crops of
-            means over their masked patches; a crop without any counts as 0.
+        positions: (M,) of the masked patches in the flattened mask, in their order.
+        weights: (M,), 1 / (n · masked patches of its crop). A sum with these weights is a mean over crops of means over
+            their masked patches; a crop without any counts as 0.
     """
-    positions = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    counts = mask.sum(1)[positions // mask.shape[1]]
-    return positions, 1 / (len(mask) * counts.float())
+    crops, _ = mask.nonzero()
+    weights = 1 / (len(mask) * mask.sum(1)[crops])
+    return np.flatnonzero(mask), weights.astype(np.float32)
 
 
 class IBOTLoss(CenteredLoss):

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..feedforward import FFNConfig
-from ..masking import IBOTConfig
+from ..masking import IBOTConfig, check_grid
 from ..optim.norms import split_sharded
 from .init import initialize, vision_rule
 from .vit import blocks_flops, build_vit, check_size, is_plain, masking
-
 
 BLOCK = re.compile(r"student\.backbone\.blocks\.(\d+)\.")
 STEM = re.compile(r"mask_token|student\.backbone\.(\w+_token|pos_embed|patch_embed|norm_pre|rope)\b")
@@ -152,6 +151,8 @@ class SelfDistillation(nn.Module):
             if not is_plain(vit):
                 raise UserError(f"'{backbone}' is not a plain vision transformer, which multi-crop training needs")
             check_size(vit, image_size)
+            if ibot is not None:
+                check_grid(vit.patch_embed.grid_size, ibot)
             head = DINOHead(int(vit.num_features), out_dim, hidden_dim, bottleneck_dim, norm_last_layer)
             if ibot is None or ibot.out_dim is None:
                 return ProjectedViT(vit, head)

@@ -10,7 +10,6 @@ from .schedules import (
     build_joint_optimizer,
     build_optimizer,
     cosine_schedule,
-    group_name,
     is_of_kind,
     learning_rate_factor,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "build_joint_optimizer",
     "build_optimizer",
     "cosine_schedule",
-    "group_name",
     "is_of_kind",
     "learning_rate_factor",
     "net_weights",

@@ -144,7 +144,7 @@ class _Shards(FSDPStrategy):
 
 
 class _OneBatch:
-    """A loader of one batch."""
+    """A loader of one batch. Its seeds have content, as masks are drawn from them on the host."""
 
     def __init__(self, batch: Callable[[], dict[str, Any]]) -> None:
         self.batch = batch
@@ -153,7 +153,10 @@ class _OneBatch:
         return 1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield self.batch()
+        batch = self.batch()
+        with unset_fake_temporarily():
+            seeds = torch.arange(len(batch["seed"]))
+        yield {**batch, "seed": seeds}
 
 
 class _NoData(L.LightningDataModule):

@@ -80,6 +80,7 @@ def test_a_teacher_that_says_the_same_of_all_images_has_the_largest_entropy() ->
 def test_the_loss_is_summed_in_float32_under_autocast() -> None:
     student, teacher, loss = outputs(8).float(), outputs(4).float(), DINOLoss(7)
     expected = loss(student, teacher, 0.05)[0]
+    assert expected.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert loss(student, teacher, 0.05)[0] == expected
 

@@ -41,7 +41,7 @@ def test_loss_gradient_and_centre_over_several_steps(centering: Centering) -> No
             center = 0.8 * center + 0.2 * teacher[mask].mean(0)
         else:
             q[mask] = assignments(teacher[mask], temperature)
-        positions, weights = masked_positions(torch.from_numpy(mask))
+        positions, weights = map(torch.from_numpy, masked_positions(mask))
         rows = torch.from_numpy(student).requires_grad_()
         targets = torch.from_numpy(teacher).flatten(0, 1)[positions]
         value = loss(rows.flatten(0, 1)[positions], targets, weights.double(), temperature)
@@ -56,7 +56,7 @@ def test_loss_gradient_and_centre_over_several_steps(centering: Centering) -> No
 
 @pytest.mark.parametrize("centering", ["mean", "sinkhorn_knopp"])
 def test_without_masked_patches_the_loss_is_zero_and_the_centre_stays(centering: Centering) -> None:
-    positions, weights = masked_positions(torch.zeros(4, 9, dtype=torch.bool))
+    positions, weights = map(torch.from_numpy, masked_positions(np.zeros((4, 9), dtype=bool)))
     loss, outputs = IBOTLoss(PROTOTYPES, centering=centering), torch.zeros(0, PROTOTYPES, requires_grad=True)
     loss.center.fill_(0.5)
     value = loss(outputs[positions], outputs.detach(), weights, 0.04)

@@ -15,7 +15,7 @@ from moa_lightning import FFNConfig
 from moa_lightning.models import GPTConfig
 from moa_lightning.planning.fake import gpu_norms, measure
 from tests.planning.nets import BATCH, TASKS, Sizes, built, planned
-from tests.runs.fits import ROOT
+from tests.runs.fits import ROOT, make_task
 
 FRAGMENTS = sorted(path.stem for path in (ROOT / "configs" / "ffn").glob("*.yaml"))
 
@@ -76,6 +76,18 @@ def test_flops_are_those_that_torch_counts(task, ffn):
         assert flops == counter.get_total_flops() - attention + attention / 3.5 * 3 / 2
     else:  # recomputation, and the gradient of the images that nobody computes
         assert flops == pytest.approx(counter.get_total_flops(), rel=0.025)
+
+
+def test_a_step_with_hidden_patches_can_be_planned():
+    sizes, plain = Sizes("dino"), planned("dino", "moa")
+    how = {"strategy": "ddp", "devices": 2, "clip": {"gradient_clip_val": 1.0}}
+    plan = measure(lambda: make_task("dino", "moa", "masked"), sizes.batch, sizes, **how)
+    head = (32 + 1) * 64 + (64 + 1) * 64 + (64 + 1) * 16 + 16 * 48
+    assert plan.trained == plain.trained + head + 32  # the mask token
+    assert plan.held == plain.held + head
+    matrices = 32 * 64 + 64 * 64 + 64 * 16 + 16 * 48
+    patches = 2 * 49 * 0.5 * 0.3  # expected of an image
+    assert plan.flops_per_sample == pytest.approx(plain.flops_per_sample + 4 * 2 * matrices * patches)
 
 
 @pytest.mark.parametrize("ffn", FRAGMENTS)

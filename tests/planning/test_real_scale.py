@@ -1,7 +1,8 @@
 """The configs for ImageNet against the numbers of the official recipes, and the nets they build, on the meta device.
 
 MAE: facebookresearch/mae, PRETRAIN.md, main_pretrain.py and models_mae.py. DINO: facebookresearch/dino, main_dino.py
-and the arguments of its published models (column "args" of the README's table).
+and the arguments of its published models (column "args" of the README's table). DINOv2: facebookresearch/dinov2,
+configs/ssl_default_config.yaml and train/vitl16_short.yaml, train/train.py, utils/param_groups.py.
 """
 
 import json
@@ -112,6 +113,64 @@ def test_dino_is_the_official_one_otherwise(name: str) -> None:
     assert (tuple(view.global_scale), tuple(view.local_scale)) == ((0.25, 1.0), (0.05, 0.25))
     assert (view.flip, view.jitter, view.grayscale, view.solarize) == (0.5, 0.8, 0.2, 0.2)
     assert (tuple(view.blur), tuple(view.blur_sigma)) == ((1.0, 0.1, 0.5), (0.1, 2.0))
+
+
+def test_dinov2_is_the_official_one() -> None:
+    """The schedules are counted in epochs of 1,250 steps, not in passes over the images."""
+    found, epochs, base_lr = settings("dinov2_vit_l16"), 100, 0.004
+    task, view = found.new_task(), found.data.transform
+    optimizer, h = task.optimizer_config.of_run(2048, 125_000), task.hparams
+    assert (found.data.batch_size * found.accumulate, found.max_steps) == (32 * 64, epochs * 1250)
+    assert (optimizer.name, optimizer.weight_decay, optimizer.betas) == ("adamw", 0.04, (0.9, 0.999))
+    peak = base_lr * math.sqrt(2048 / 1024)
+    for epoch in range(epochs):
+        ours = optimizer.lr * learning_rate_factor(epoch * 1250, epochs * 1250, optimizer)
+        half_cosine = 0.5 * (1 + math.cos(math.pi * (epoch - 10) / (epochs - 10)))
+        expected = peak * (epoch + 1 / 1250) / 10 if epoch < 10 else 1e-6 + (peak - 1e-6) * half_cosine
+        assert ours == pytest.approx(expected, rel=2e-5), epoch
+    assert h["final_weight_decay"] == 0.4
+    assert (h["out_dim"], h["head_hidden_dim"], h["head_bottleneck_dim"]) == (65536, 2048, 256)
+    assert (h["norm_last_layer"], h["drop_path_rate"], h["backbone_args"]) == (False, 0.3, {"init_values": 1e-5})
+    assert (h["teacher_momentum"], h["center_momentum"], h["student_temperature"]) == (0.992, 0.9, 0.1)
+    assert (h["teacher_temperature_start"], h["teacher_temperature"], h["koleo_weight"]) == (0.04, 0.07, 0.1)
+    assert h["teacher_temperature_warmup"] * epochs == pytest.approx(30)
+    assert h["freeze_last_layer"] * epochs == pytest.approx(1)
+    assert (h["centering"], h["layer_decay"], h["patch_embed_rate"]) == ("mean", 0.9, 0.2)
+    masked = task.ibot
+    assert (masked.weight, masked.mask_probability, tuple(masked.mask_ratio)) == (1.0, 0.5, (0.1, 0.5))
+    assert masked.out_dim is None
+    assert found.clip["gradient_clip_val"] == 3.0
+    assert (view.local_crops, view.local_size) == (8, 96)
+    assert (tuple(view.global_scale), tuple(view.local_scale)) == ((0.32, 1.0), (0.05, 0.32))
+    assert (view.flip, view.jitter, view.grayscale, view.solarize) == (0.5, 0.8, 0.2, 0.2)
+    assert (tuple(view.blur), tuple(view.blur_sigma)) == ((1.0, 0.1, 0.5), (0.1, 2.0))
+
+
+def test_dinov2_has_the_official_net_and_rates() -> None:
+    task = settings("dinov2_vit_l16").new_task()
+    with torch.device("meta"), NoValues():
+        task.net = net = task.build(0)
+    scales, head = 24 * 2 * 1024, (1024 + 1) * 2048 + (2048 + 1) * 2048 + (2048 + 1) * 256 + 256 * 65536 + 65536
+    assert count(net.teacher.backbone) == encoder_parameters(1024, 24) + scales
+    assert count(net, trained=True) == encoder_parameters(1024, 24) + scales + head + 1024  # the mask token
+    rates = task.learning_rates()
+    assert rates.keys() == {name for name, p in net.named_parameters() if p.requires_grad}
+    backbone, official = (
+        "student.backbone.",
+        {
+            "patch_embed.proj.weight": 0.2 * 0.9**25,
+            "cls_token": 0.9**25,
+            "pos_embed": 0.9**25,
+            "blocks.0.attn.qkv.weight": 0.9**24,
+            "blocks.9.ls1.gamma": 0.9**15,
+            "blocks.23.norm2.bias": 0.9,
+            "norm.weight": 1.0,
+        },
+    )
+    for name, rate in official.items():
+        assert rates[backbone + name] == pytest.approx(rate, rel=1e-12), name
+    assert rates["mask_token"] == pytest.approx(0.9**25, rel=1e-12)
+    assert rates["student.head.mlp.0.weight"] == rates["student.head.last_layer.norm"] == 1.0
 
 
 @pytest.mark.parametrize("place", ["data/imagenet_shards", "data/imagenet_folder"])

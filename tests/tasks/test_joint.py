@@ -13,6 +13,7 @@ import data
 from moa_lightning import FFNConfig, UserError
 from moa_lightning.checkpoints import RunCheckpointIO
 from moa_lightning.exchange.export import export
+from moa_lightning.masking import IBOTConfig
 from moa_lightning.optim import OptimizerConfig
 from tasks import Joint, Task
 from tests.models.nets import fragment
@@ -67,12 +68,17 @@ def language_alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return module, fit(module, data_for("language", text), tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.parametrize("vision", ["mae", "dino"])
-def test_with_nothing_tied_it_is_the_two_runs(vision: str, text: Path, tmp_path: Path, language_alone) -> None:
+MASKED: dict[str, Any] = {"ibot": IBOTConfig(), "layer_decay": 0.9, "final_weight_decay": 0.8}
+
+
+@pytest.mark.parametrize(("vision", "options"), [("mae", {}), ("dino", {}), ("dino", MASKED)])
+def test_with_nothing_tied_it_is_the_two_runs(vision: str, options, text: Path, tmp_path: Path, language_alone) -> None:
     """To the bit: losses, validations and, at the end, weights; the teacher's and the centre among them."""
-    module = task(vision, "moa", optimizer=RATES["vision"])
+    module = task(vision, "moa", optimizer=RATES["vision"], **options)
     alone = {"vision": (module, fit(module, data_for(vision, text), tmp_path)), "language": language_alone}
-    together = joint(vision, vision_weight=1.0, language_weight=1.0)
+    first: Any = task(vision, "moa", optimizer=RATES["vision"], **options)
+    second: Any = task("language", "moa", optimizer=RATES["language"])
+    together = Joint(first, second, vision_weight=1.0, language_weight=1.0)
     curves = fit(together, both(vision, text), tmp_path)
     for domain, (own, expected) in alone.items():
         assert curves.curve(f"train/loss_{domain}") == expected.curve("train/loss")
