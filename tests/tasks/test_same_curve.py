@@ -20,9 +20,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "recomputed": ({"activation_checkpointing": True}, {}, 1e-6),
     "selective": ({"activation_checkpointing": "selective"}, {}, 1e-6),
-    "accumulated": ({}, {"accumulate_grad_batches": 2}, 1e-4),
-    "bfloat16": ({}, {"precision": "bf16-mixed"}, 2e-2),
-    "compiled": ({"compile": True}, {}, 1e-4),
+    "accumulated": ({}, {"accumulate_grad_batches": 2}, 1e-5),
+    "bfloat16": ({}, {"precision": "bf16-mixed"}, 1e-2),
+    "compiled": ({"compile": True}, {}, 1e-5),
 }
 """options of the task, of the Trainer, largest relative difference of a step's loss"""
 
@@ -39,12 +39,12 @@ def curve(kind: str, text: Any, folder: Any, options: dict[str, Any], of_trainer
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_the_loss_curve_is_the_same(kind: str, text, tmp_path, monkeypatch) -> None:
-    """Of the compiler what it does to the graph; what it makes of the kernels differs between machines."""
+    """Of the compiler only the graphs that it takes; to make kernels of them takes minutes."""
     compiled = []
 
     def compile_blocks(net: Any) -> None:
         for block in transformer_blocks(net):
-            block.compile(backend="aot_eager")
+            block.compile(backend="eager")
             compiled.append(block)
 
     monkeypatch.setattr(tasks.base, "compile_blocks", compile_blocks)
