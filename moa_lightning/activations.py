@@ -142,6 +142,11 @@ def _silu_derivative(u: Tensor) -> Tensor:
     return s + torch.where(rest == 0, 0.0, u * rest)
 
 
+def _sigmoid_joint(u: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(u)
+    return s, s * (1 - s)
+
+
 def _leaky_derivative(u: Tensor) -> Tensor:
     return torch.ones_like(u).masked_fill_(u <= 0, LEAKY_SLOPE)
 
@@ -169,9 +174,15 @@ for _name, _function, _derivative, _cost in (
     ("tanh", torch.tanh, lambda u: 1 - torch.tanh(u).square(), 10.0),
     ("gelu_tanh", lambda u: F.gelu(u, approximate="tanh"), None, 17.0),
     ("quick_gelu", lambda u: u * torch.sigmoid(1.702 * u), None, 13.0),
+    ("sigmoid", torch.sigmoid, lambda u: torch.sigmoid(u) * torch.sigmoid(-u), 10.0),
 ):
     register_activation(_name, _function, _derivative, _cost)
-for _name, _joint in (("gelu", _gelu_joint), ("silu", _silu_joint), ("tanh", _tanh_joint)):
+for _name, _joint in (
+    ("gelu", _gelu_joint),
+    ("silu", _silu_joint),
+    ("tanh", _tanh_joint),
+    ("sigmoid", _sigmoid_joint),
+):
     _POINTWISE[_name] = replace(_POINTWISE[_name], joint=_joint)
 
 

@@ -32,8 +32,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "base": ("trained", "held"),
     "gates": ("trained", "frozen", "shuffled"),
     "match": ("width", "parameters", "flops"),
+    "attention_gate": ("none", "fixed", "la", "moa"),
+    "pointwise_norm": ("none", "fixed", "la", "moa"),
     "kernel": KERNELS,
 }
+Place = Literal["none", "fixed", "la", "moa"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ class FFNConfig:
     bias: bool = True
     """biases in the projections; a layer that is swapped into a net follows the replaced one"""
 
+    attention_gate: Place = "none"
+    """a gate on the output of attention: none, a sigmoid of W_g x, or LA or MoA in its place (see places.py)"""
+    pointwise_norm: Place = "none"
+    """what takes the place of the norms: none, a tanh of a x (DyT), or LA or MoA in its place (see places.py)"""
+
     kernel: Kernel = "auto"
     """what computes a learned mix: the fastest implementation that works here, or one by name (see kernels)"""
 
@@ -89,8 +97,10 @@ class FFNConfig:
         if self.activation not in activation_names():
             known = ", ".join(activation_names())
             raise UserError(f"ffn.activation '{self.activation}' is unknown; known: {known}")
-        if self.mixing != "fixed":
-            self._check_mix()
+        if self.learned:
+            self._check_dictionary()
+        if self.mixing != "fixed" and self.init == "identity":
+            self._check_start()
         if self.form == "plain" and self.branches != "one":
             raise UserError(f"ffn.branches '{self.branches}' needs ffn.form 'gated': the plain form has one branch")
         if not 0 < self.hidden_ratio < math.inf:
@@ -99,14 +109,14 @@ class FFNConfig:
             raise UserError(f"ffn.hidden_extra is {self.hidden_extra}; give a whole number of at least 0")
         if not 0 < self.gate_std < math.inf:
             raise UserError(f"ffn.gate_std is {self.gate_std}; give a finite number above 0")
-        if self.gates != "trained" and self.mixing != "moa":
+        if self.gates != "trained" and "moa" not in self.learned:
             raise UserError(f"ffn.gates '{self.gates}' needs ffn.mixing 'moa': {self.mixing} has no gates")
-        if self.start_from is not None and self.mixing == "fixed":
+        if self.start_from is not None and not self.learned:
             raise UserError("ffn.start_from sets the coefficients of LA and MoA; ffn.mixing is 'fixed'")
         if self.multiple_of < 1:
             raise UserError(f"ffn.multiple_of is {self.multiple_of}; give a whole number of at least 1")
 
-    def _check_mix(self) -> None:
+    def _check_dictionary(self) -> None:
         if not self.dictionary or len(set(self.dictionary)) != len(self.dictionary):
             given = ", ".join(self.dictionary) or "empty"
             raise UserError(f"ffn.dictionary is {given}; name at least one activation and none of them twice")
@@ -115,14 +125,19 @@ class FFNConfig:
                 pointwise(name)
             except UserError as error:
                 raise UserError(f"ffn.dictionary: {error}") from None
-        if self.init == "identity":
-            needed = [self.activation] + (["identity"] if self.branches != "one" else [])
-            for name in needed:
-                if name not in self.dictionary:
-                    raise UserError(
-                        f"the identity start needs '{name}' in ffn.dictionary, which has {', '.join(self.dictionary)}; "
-                        "add it or set ffn.init to 'paper'"
-                    )
+
+    def _check_start(self) -> None:
+        for name in [self.activation] + (["identity"] if self.branches != "one" else []):
+            if name not in self.dictionary:
+                raise UserError(
+                    f"the identity start needs '{name}' in ffn.dictionary, which has {', '.join(self.dictionary)}; "
+                    "add it or set ffn.init to 'paper'"
+                )
+
+    @property
+    def learned(self) -> set[str]:
+        """Kinds of learned mixes, "la" and "moa", in the feed-forward layer and the other places."""
+        return {self.mixing, self.attention_gate, self.pointwise_norm} & {"la", "moa"}
 
     @property
     def gated(self) -> bool:
@@ -153,10 +168,15 @@ def parameter_count(dim: int, hidden_dim: int, config: FFNConfig) -> int:
         count += ins * hidden_dim + dim
     if config.mixing == "fixed":
         return count + {"polynorm": 4, "xielu": 2}.get(config.activation, 0)
-    per_mix = config.entries if config.base == "trained" else 0
+    return count + config.mixed_branches * mix_parameter_count(dim, config)
+
+
+def mix_parameter_count(dim: int, config: FFNConfig) -> int:
+    """Trainable parameters of one mix: α, and the gates where there are such."""
+    count = config.entries if config.base == "trained" else 0
     if config.mixing == "moa" and config.gates != "frozen":
-        per_mix += config.entries * (dim + config.gate_bias)
-    return count + config.mixed_branches * per_mix
+        count += config.entries * (dim + config.gate_bias)
+    return count
 
 
 def flops_per_token(dim: int, hidden_dim: int, config: FFNConfig) -> int:
@@ -210,7 +230,47 @@ def matched_hidden_dim(
     return max(multiple, round((target - fixed_part) / slope / multiple) * multiple) + config.hidden_extra
 
 
-class FeedForward(nn.Module):
+class MixedLayer(nn.Module):
+    """A layer whose nonlinearity is fixed or a mix, as its config says: what looks for mixes in a net asks for these.
+
+    Attributes:
+        dim: width d of the x that gates read.
+        config: what it computes.
+    """
+
+    dim: int
+    config: FFNConfig
+    mix_names: tuple[str, ...] = ("mix",)
+    """attributes that may hold mixes"""
+
+    def mixings(self) -> dict[str, Mixing | PairMixing]:
+        """The learned mixes by attribute name; empty for the fixed form."""
+        named = {name: getattr(self, name) for name in self.mix_names}
+        return {name: m for name, m in named.items() if m is not None and not isinstance(m, FixedActivation)}
+
+    def _fixed_activation(self) -> FixedActivation:
+        return FixedActivation(self.config.activation)
+
+    def _mixing(self, start: str) -> Mixing:
+        return Mixing(*self._mixing_arguments(start))
+
+    def _mixing_arguments(self, *start: str) -> tuple[Any, ...]:
+        config = self.config
+        where = tuple(config.dictionary.index(name) if config.init == "identity" else 0 for name in start)
+        gate = config.gate if config.mixing == "moa" else None
+        learns = (config.init, config.base == "trained", config.gates, config.gate_std)
+        return (self.dim, config.dictionary, where, gate, config.gate_bias, *learns)
+
+
+def as_projected(x: Tensor) -> Tensor:
+    """x in the dtype in which autocast multiplies it: projections and gates keep this one for the backward pass."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+class FeedForward(MixedLayer):
     """A feed-forward layer as its config says; x (..., d) -> (..., d).
 
     Args:
@@ -225,6 +285,8 @@ class FeedForward(nn.Module):
         up_mix (plain; gated with both), gate_mix (gated: one, both), pair_mix (pairs): their `coefficients(x)` are
             (..., K), or (..., K, K) for pairs.
     """
+
+    mix_names = ("up_mix", "gate_mix", "pair_mix")
 
     def __init__(
         self,
@@ -270,21 +332,8 @@ class FeedForward(nn.Module):
     def _linear(self, inputs: int, outputs: int) -> nn.Linear:
         return nn.Linear(inputs, outputs, bias=self.config.bias)
 
-    def _fixed_activation(self) -> FixedActivation:
-        return FixedActivation(self.config.activation)
-
-    def _mixing(self, start: str) -> Mixing:
-        return Mixing(*self._mixing_arguments(start))
-
     def _pair_mixing(self) -> PairMixing:
         return PairMixing(*self._mixing_arguments(self.config.activation, "identity"))
-
-    def _mixing_arguments(self, *start: str) -> tuple[Any, ...]:
-        config = self.config
-        where = tuple(config.dictionary.index(name) if config.init == "identity" else 0 for name in start)
-        gate = config.gate if config.mixing == "moa" else None
-        learns = (config.init, config.base == "trained", config.gates, config.gate_std)
-        return (self.dim, config.dictionary, where, gate, config.gate_bias, *learns)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -302,11 +351,6 @@ class FeedForward(nn.Module):
     def projections(self) -> list[nn.Linear]:
         return [p for p in (self.up_proj, self.gate_proj, self.down_proj) if p is not None]
 
-    def mixings(self) -> dict[str, Mixing | PairMixing]:
-        """The learned mixes by attribute name; empty for the fixed form."""
-        named = {"up_mix": self.up_mix, "gate_mix": self.gate_mix, "pair_mix": self.pair_mix}
-        return {name: m for name, m in named.items() if m is not None and not isinstance(m, FixedActivation)}
-
     def forward(self, x: Tensor, *rows: Any) -> Tensor:
         """x (..., d) -> (..., d). `rows`, for the parts: which expert each row of x belongs to, in moe.Experts."""
         hidden = self._hidden(x, *rows)  # (..., h)
@@ -318,11 +362,7 @@ class FeedForward(nn.Module):
         return self.drop(y) if self.drop is not None else y
 
     def _hidden(self, x: Tensor, *rows: Any) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
-            x = x.to(
-                torch.get_autocast_dtype(device)
-            )  # once: projections and gates keep this one for the backward pass
+        x = as_projected(x)
         up = self.up_proj(x, *rows)
         gate = None if self.gate_proj is None else self.gate_proj(x, *rows)
         if self.config.mixing == "fixed":

@@ -46,6 +46,7 @@ FUNCTION = {
     "tanh": np.tanh,
     "gelu_tanh": _gelu_tanh,
     "quick_gelu": lambda u: u * expit(1.702 * u),
+    "sigmoid": expit,
 }
 SLOPE = {
     "identity": np.ones_like,
@@ -57,6 +58,7 @@ SLOPE = {
     "tanh": lambda u: 1 / np.cosh(u) ** 2,
     "gelu_tanh": _gelu_tanh_slope,
     "quick_gelu": lambda u: expit(1.702 * u) * (1 + 1.702 * u * expit(-1.702 * u)),
+    "sigmoid": lambda u: expit(u) * expit(-u),
 }
 
 

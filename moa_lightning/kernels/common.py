@@ -22,7 +22,7 @@ Form = Literal["plain", "one", "both", "pairs"]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 BUILT_IN = frozenset(
-    ("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh", "gelu_tanh", "quick_gelu")
+    ("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh", "gelu_tanh", "quick_gelu", "sigmoid")
 )  # what hand-written kernels know; a user's own activation runs as torch operations
 
 

@@ -81,4 +81,5 @@ _FORMULAS: dict[str, Callable[[Tensor], Both]] = {
     "relu2": _relu2,
     "tanh": _tanh,
     "quick_gelu": _quick_gelu,
+    "sigmoid": _logistic,
 }

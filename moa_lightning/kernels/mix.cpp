@@ -28,7 +28,7 @@ typedef uint16_t Half __attribute__((vector_size(BYTES / 2)));
 
 #define INLINE inline __attribute__((always_inline))
 
-enum Entry { identity, gelu, silu, relu, leaky_relu, relu2, tanh_, gelu_tanh, quick_gelu };
+enum Entry { identity, gelu, silu, relu, leaky_relu, relu2, tanh_, gelu_tanh, quick_gelu, sigmoid };
 enum Form { plain, one, both, pairs };
 
 constexpr Entry entries[] = {ENTRIES};
@@ -108,7 +108,7 @@ INLINE Activated activate(Vec u) {
     Activated out;
     Vec a = magnitude(u), near = below_zero(u, -at_most(a, 87.0f), at_most(a, 87.0f));
     Vec s{}, s_slope{}, t{}, t_slope{}, density{}, distribution{};
-    if constexpr (has(silu) || has(tanh_)) tails(u, a, s, s_slope, t, t_slope);
+    if constexpr (has(silu) || has(tanh_) || has(sigmoid)) tails(u, a, s, s_slope, t, t_slope);
     if constexpr (has(gelu)) normal(u, a, density, distribution);
     Vec finite = u < -3.4e38f ? all(-3.4e38f) : u;  // factors that have vanished by then make it 0
     Vec positive = below_zero(u, all(0.0f), u), side = u > 0.0f ? all(1.0f) : all(0.0f);
@@ -122,6 +122,7 @@ INLINE Activated activate(Vec u) {
         if constexpr (entry == leaky_relu) v = below_zero(u, 0.01f * u, u), d = u > 0.0f ? all(1.0f) : all(0.01f);
         if constexpr (entry == relu2) v = positive * positive, d = positive + positive;
         if constexpr (entry == tanh_) v = t, d = t_slope;
+        if constexpr (entry == sigmoid) v = s, d = s_slope;
         if constexpr (entry == gelu_tanh) {
             Vec x = below_zero(u, -at_most(a, 10.0f), at_most(a, 10.0f)), xx = x * x, p, slope;
             logistic(x * (xx * 0.0713548163f + 1.59576912f), p, slope);  // x · sigmoid(2 sqrt(2/π) (x + 0.044715 x³))

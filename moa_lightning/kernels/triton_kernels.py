@@ -44,6 +44,8 @@ def _activate(u, NAME: tl.constexpr):
     elif NAME == "silu":
         s, ds = _logistic(u)
         value, slope = _times(u, s), s + _times(u, ds)
+    elif NAME == "sigmoid":
+        value, slope = _logistic(u)
     elif NAME == "quick_gelu":
         s, ds = _logistic(1.702 * u)
         value, slope = _times(u, s), s + 1.702 * _times(u, ds)

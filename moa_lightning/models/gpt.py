@@ -5,7 +5,8 @@
 Pre-norm decoder without biases, after what recent open trainers agree on: rotary positions (Su et al., arXiv
 2104.09864), RMSNorm (Zhang and Sennrich, arXiv 1910.07467), RMS-normalised queries and keys (Henry et al., arXiv
 2010.04245), grouped-query attention (Ainslie et al., arXiv 2305.13245). The projections into the residual stream start
-at zero, so each block starts as the identity. The feed-forward layer may be a mixture of experts (moe.py).
+at zero, so each block starts as the identity. The feed-forward layer may be a mixture of experts (moe.py); attention
+may have a gate and the norms may be point-wise (places.py).
 
 Documents that share a sequence can be kept apart: a token then attends to its own document only. Positions go on across
 documents, because rotary scores depend on distances alone. The mask is made once for all blocks and given to torch's
@@ -23,6 +24,15 @@ from ..experts import StackedLinear
 from ..feedforward import FeedForward, FFNConfig, flops_per_token, matched_hidden_dim, parameter_count
 from ..losses.language import chunked_losses
 from ..moe import MoE, MoEConfig, Router, Routing, moe_flops_per_token, moe_parameter_count
+from ..places import (
+    OutputGate,
+    Scale,
+    gate_flops_per_token,
+    gate_parameter_count,
+    language_norm,
+    norm_flops_per_token,
+    norm_parameter_count,
+)
 from ..sampling import Sampling, continuation
 from .init import initialize
 
@@ -130,13 +140,14 @@ class Attention(nn.Module):
     """Causal self-attention, x (B, T, d) -> (B, T, d); with a cache, also to the tokens before these; with a mask, bool
     (B, 1, T, T), to what it allows instead."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, ffn: FFNConfig = FFNConfig()) -> None:  # noqa: B008 - frozen
         super().__init__()
         self.head_dim, self.heads, self.kv_heads = config.head_dim, config.num_heads, config.kv_heads
         self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.proj = nn.Linear(config.dim, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.output_gate = None if ffn.attention_gate == "none" else OutputGate(config.dim, config.dim, ffn)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
@@ -157,7 +168,8 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
         )
-        return self.proj(y.transpose(1, 2).reshape(batch, length, dim))
+        y = y.transpose(1, 2).reshape(batch, length, dim)
+        return self.proj(y if self.output_gate is None else self.output_gate(x, y))
 
 
 class Block(nn.Module):
@@ -165,9 +177,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, ffn: FFNConfig) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.dim)
-        self.attn = Attention(config)
-        self.norm2 = nn.RMSNorm(config.dim)
+        self.norm1 = language_norm(config.dim, ffn, before_attention=True)
+        self.attn = Attention(config, ffn)
+        self.norm2 = language_norm(config.dim, ffn)
         self.mlp = FeedForward(config.dim, ffn)
 
     def forward(
@@ -182,9 +194,9 @@ class MoEBlock(nn.Module):
 
     def __init__(self, config: GPTConfig, ffn: FFNConfig, moe: MoEConfig) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.dim)
-        self.attn = Attention(config)
-        self.norm2 = nn.RMSNorm(config.dim)
+        self.norm1 = language_norm(config.dim, ffn, before_attention=True)
+        self.attn = Attention(config, ffn)
+        self.norm2 = language_norm(config.dim, ffn)
         self.mlp = MoE(config.dim, ffn, moe)
 
     def forward(
@@ -235,10 +247,11 @@ class GPT(nn.Module):
         self.config, self.ffn, self.moe, self.context_length = config, ffn, moe, context_length
         self.routing: Routing | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
+        self.embed_scale = None if ffn.pointwise_norm == "none" else Scale(config.dim**0.5)
         self.blocks = nn.ModuleList(
             MoEBlock(config, ffn, moe) if moe.experts else Block(config, ffn) for _ in range(config.depth)
         )
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = language_norm(config.dim, ffn)
         self.head = nn.Linear(config.dim, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -271,6 +284,8 @@ class GPT(nn.Module):
         if length > self.context_length:
             raise UserError(f"input of {length} tokens is longer than the context length {self.context_length}")
         x = self.embed(tokens)  # (B, T, d)
+        if self.embed_scale is not None:
+            x = self.embed_scale(x)
         cos, sin = self.cos[before:length], self.sin[before:length]
         mask = None if documents is None else document_mask(documents)
         routings = []
@@ -304,13 +319,16 @@ class GPT(nn.Module):
         """
         config = self.config
         attention = config.dim * (config.num_heads + 2 * config.kv_heads) * config.head_dim + config.dim**2
-        norms = 2 * config.dim + (2 * config.head_dim if config.qk_norm else 0)
+        attention += gate_parameter_count(config.dim, config.dim, self.ffn)
+        norm = norm_parameter_count(config.dim, self.ffn)
+        norms = 2 * norm + (2 * config.head_dim if config.qk_norm else 0)
         if self.moe.experts:
             mlp = moe_parameter_count(config.dim, self.ffn, self.moe, active)
         else:
             mlp = parameter_count(config.dim, self._hidden_dim, self.ffn)
         tables = (1 if config.tie_embeddings else 2) * self.embed.num_embeddings * config.dim
-        return config.depth * (attention + norms + mlp) + config.dim + (tables if embeddings else 0)
+        last = norm + (0 if self.embed_scale is None else 1)
+        return config.depth * (attention + norms + mlp) + last + (tables if embeddings else 0)
 
     @property
     def _hidden_dim(self) -> int:
@@ -322,13 +340,15 @@ class GPT(nn.Module):
         """Matrix-product FLOPs of one forward pass for one token at full context; causal attention counted by half."""
         config = self.config
         qkv = 2 * config.dim * (config.num_heads + 2 * config.kv_heads) * config.head_dim
-        projection = 2 * config.dim * config.dim
+        projection = 2 * config.dim * config.dim + gate_flops_per_token(config.dim, config.dim, self.ffn)
+        norm = norm_flops_per_token(config.dim, self.ffn)
         attention = 2 * 2 * config.dim * self.context_length // 2
         if self.moe.experts:
             mlp = moe_flops_per_token(config.dim, self.ffn, self.moe)
         else:
             mlp = flops_per_token(config.dim, self._hidden_dim, self.ffn)
-        return config.depth * (qkv + projection + attention + mlp) + 2 * self.embed.num_embeddings * config.dim
+        blocks = config.depth * (qkv + projection + attention + mlp + 2 * norm)
+        return blocks + norm + 2 * self.embed.num_embeddings * config.dim
 
     @torch.no_grad()
     def generate(

@@ -21,15 +21,15 @@ from moa_lightning.kernels import Kernel, mix, mix_pairs
 from tests import reference
 from tests.reference import SEVEN
 
-NINE = (*SEVEN, "gelu_tanh", "quick_gelu")
+TEN = (*SEVEN, "gelu_tanh", "quick_gelu", "sigmoid")
 PAIRS = ("identity", "gelu", "relu2", "tanh")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = ((1, 1), (3, 17), (2, 5, 33), (2, 1100))
 MIXES = {
-    "plain": ("plain", NINE, False),
+    "plain": ("plain", TEN, False),
     "plain, shared": ("plain", SEVEN, True),
-    "one": ("one", NINE, False),
-    "both": ("both", NINE, False),
+    "one": ("one", TEN, False),
+    "both": ("both", TEN, False),
     "both, shared": ("both", SEVEN, True),
     "pairs": ("pairs", PAIRS, False),
     "pairs, shared": ("pairs", PAIRS, True),
@@ -193,7 +193,7 @@ def _wide(t: Tensor) -> Tensor:
 def cases(kernel: Kernel) -> dict[str, tuple[str, tuple[str, ...], bool]]:
     """Form, names and sharing by label: each activation alone, then the mixes. Compiling takes seconds for each, so
     for `compiled` the mixes must do."""
-    alone = {name: ("plain", (name,), False) for name in NINE}
+    alone = {name: ("plain", (name,), False) for name in TEN}
     return MIXES if kernel == "compiled" else {**alone, **MIXES}
 
 
@@ -207,7 +207,7 @@ def measure(kernel: Kernel) -> Result:
             result["errors"][f"{label} | {dtype_name}"] = [max(column) for column in zip(*found, strict=True)]
         faults = [] if kernel in ("reference", "compiled") else property_faults(kernel, dtype)
         if kernel in ("cpp", "triton"):  # the others are torch's own functions there
-            faults += [fault for name in NINE for fault in edge_faults(name, dtype, kernel)]
+            faults += [fault for name in TEN for fault in edge_faults(name, dtype, kernel)]
         result["faults"] += [f"{dtype_name}: {fault}" for fault in faults]
     return result
 
