@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .feedforward import FeedForward
+from .feedforward import MixedLayer
 from .mixing import MixCoefficients
 from .transplants import MIXING, TWIN, check_dictionary, matched, read_mixes, source_file, start_gated
 
@@ -82,7 +82,7 @@ def hold_mixes(net: nn.Module, means: Mapping[str, Tensor]) -> list[str]:
     """
     held = []
     for name, layer in net.named_modules():
-        if not isinstance(layer, FeedForward):
+        if not isinstance(layer, MixedLayer):
             continue
         path = f"{name}." if name else ""
         given = {attribute: means[path + attribute] for attribute in layer.mixings() if path + attribute in means}
@@ -100,7 +100,8 @@ def start_mixes(net: nn.Module) -> Starts:
     Raises:
         UserError: a file is damaged, or about a net whose mixes do not fit.
     """
-    layers = {n: m for n, m in net.named_modules() if isinstance(m, FeedForward) and m.config.start_from}
+    mixed = {n: m for n, m in net.named_modules() if isinstance(m, MixedLayer) and m.mixings()}
+    layers = {n: m for n, m in mixed.items() if m.config.start_from}
     sources = dict.fromkeys((str(m.config.start_from), m.config.mixing == "moa") for m in layers.values())
     found = Starts([], [])
     for source, gated in sources:

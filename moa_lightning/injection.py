@@ -7,6 +7,8 @@ Otherwise the projections cannot be carried over; they are drawn afresh and the 
 Biases, dropout and a norm inside the layer follow the layer that is replaced, not the config. Coefficients of a mix
 are float32 at least, whatever the model's dtype (0.999 must not become 1 in bfloat16). Hooks on a replaced layer are
 gone with it. A checkpoint written before the swap no longer fits by its names: load it first, then swap.
+
+What the config says of the other places of a mix, attention and norms, is done to the whole net (place_injection.py).
 """
 
 import copy
@@ -30,6 +32,7 @@ from .injection_adapters import (
     read_layer,
 )
 from .mixing import FixedActivation
+from .place_injection import apply, place_swaps
 from .random import named_seed
 
 Match = str | Callable[[str, nn.Module], bool]
@@ -73,17 +76,20 @@ def inject(model: nn.Module, config: FFNConfig, match: Match | None = None, seed
         The report. A module that stands in several places counts once, under its first name, and stays shared.
 
     Raises:
-        UserError: nothing to swap; the identity start needs an activation that the dictionary lacks. The model is
-            then as it was.
+        UserError: nothing to swap; the identity start needs an activation that the dictionary lacks; attention or norms
+            that other places of a mix cannot take. The model is then as it was.
     """
     candidates, skipped = _select(model, _matcher(match))
     if not candidates:
         left = f"; left alone: {_explain(skipped)}" if skipped else ""
         raise UserError(f"{type(model).__name__} has no feed-forward layer that inject can swap{left}")
     layers = [_build(candidate, config, seed) for candidate in candidates]  # all errors come before the first swap
+    names = [place.name for candidate in candidates for place in candidate.places]
+    others = place_swaps(model, config, names, seed)
     for candidate, layer in zip(candidates, layers, strict=True):
         for place in candidate.places:
             setattr(place.parent, place.attribute, layer)
+    apply(others)
     return InjectionReport(
         replaced=[c.name for c in candidates],
         reinitialized=[c.name for c in candidates if not _carries(c.source, config)],

@@ -1,7 +1,7 @@
 """Other places for a mix: the gate on the output of attention, and a point-wise function in place of the norms.
 
-    gate    y = W_o (attended ⊙ M(W_g x))       x: what attention reads, attended: what it puts out, M = sigmoid, LA, MoA
-    norm    y = γ ⊙ M(a x) + β                  M = tanh, LA or MoA; a one number, γ and β one a channel
+    gate    y = W_o (attended ⊙ M(W_g x))       M = sigmoid, LA or MoA; x goes into attention, attended comes out of it
+    norm    y = γ ⊙ M(a x) + β                  M = tanh, LA or MoA; a is one number, γ and β one a channel
 
 The gate is elementwise, after the attention function and before the output projection, without a bias: the place and
 form that Qiu et al. ("Gated Attention for Large Language Models", arXiv 2505.06708) found best. The norm is DyT (Zhu et
@@ -9,9 +9,9 @@ al., "Transformers without Normalization", arXiv 2503.10622). As there, it repla
 stream, the last one too, not those of queries and keys; a starts at 0.5, in language models as LANGUAGE_SCALES has it,
 where a learned number behind the embedding starts at sqrt(d).
 
-LA and MoA are those of mixing.py with ffn's dictionary, gate, init, base and controls. The identity start is the sigmoid
-or tanh; where the dictionary lacks that, it is put in front. The gates of a mix read the layer's own x: for the norm
-the stream as it comes, neither normalised nor scaled by a. [O]
+LA and MoA are those of mixing.py with ffn's dictionary, gate, init, base and controls. The identity start is the
+sigmoid or tanh; where the dictionary lacks that, it is put in front. The gates of a mix read the layer's own x: for the
+norm the stream as it comes, neither normalised nor scaled by a. [O]
 """
 
 from bisect import bisect_left

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 
 from .checkpoints import RunCheckpointIO
 from .errors import UserError
-from .feedforward import FeedForward
+from .feedforward import FeedForward, MixedLayer
 from .mixing import MixCoefficients
 from .optim.average import net_weights
+from .places import entries, start_of
 from .run_folder import CHECKPOINTS, LAST, given_checkpoint
 from .sharded import sharded_as
 
 MIXING = "mixing.json"  # in a run's folder
 TWIN = re.compile(r"^(student|teacher)\.")  # the two nets of a self-distillation start alike
-PLACE = re.compile(r"^(?:(?P<stack>.+)\.)?blocks\.(?P<block>\d+)\.(?:.+\.)?(?P<mix>\w+)$")
+PLACE = re.compile(r"^(?:(?P<stack>.+)\.)?blocks\.(?P<block>\d+)\.(?:.+\.)?(?P<mix>\w+_mix|\w+\.mix)$")
 NET = "net."
 MIX_PARAMETERS = ("base", "gate_weight", "gate_bias")
 
@@ -87,13 +88,14 @@ def _from_means(path: Path) -> dict[str, GivenMix]:
 def _from_checkpoint(path: Path) -> dict[str, GivenMix]:
     content = RunCheckpointIO().load_checkpoint(path)
     ffn, state = content.get("hyper_parameters", {}).get("ffn") or {}, content.get("state_dict", {})
-    names = [name.removesuffix(".base") for name in state if name.startswith(NET) and name.endswith("_mix.base")]
+    bases = [name for name in state if name.startswith(NET) and name.endswith(("_mix.base", ".mix.base"))]
+    names = [name.removesuffix(".base") for name in bases]
     return {
         name.removeprefix(NET): GivenMix(
             state[f"{name}.base"],
             state.get(f"{name}.gate_weight"),
             state.get(f"{name}.gate_bias"),
-            _tuple(ffn.get("dictionary")),
+            _entries(name, ffn),
             ffn.get("gate"),
         )
         for name in names
@@ -102,6 +104,12 @@ def _from_checkpoint(path: Path) -> dict[str, GivenMix]:
 
 def _tuple(names: Any) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
+
+
+def _entries(name: str, ffn: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The activations of the mix of that name, by the ffn options of its run."""
+    names, start = _tuple(ffn.get("dictionary")), start_of(name)
+    return names if names is None or start is None else entries(names, start)
 
 
 def matched(wanted: list[str], known: Mapping[str, GivenMix], path: Path) -> dict[str, GivenMix]:
@@ -125,7 +133,8 @@ def matched(wanted: list[str], known: Mapping[str, GivenMix], path: Path) -> dic
         blocks = sorted({number for number, name in other if name == mix})
         if not blocks:
             raise UserError(
-                f"{path} has no {mix} in its transformer; give both runs the same ffn.form and ffn.branches"
+                f"{path} has no {mix} in its transformer; give both runs the same ffn.form, ffn.branches "
+                "and places of mixes"
             )
         last = max(number for number, _ in own)
         source = blocks[round(block * (len(blocks) - 1) / last) if last else 0]
@@ -217,7 +226,7 @@ def _own_starts(net: nn.Module, given: Mapping[str, Tensor], saved: Mapping[str,
     """
     names: set[str] = set()
     for place, layer in net.named_modules():
-        mixes = layer.mixings() if isinstance(layer, FeedForward) else {}
+        mixes = layer.mixings() if isinstance(layer, MixedLayer) else {}
         ffn = (saved.get("decoder_ffn") if place.startswith("decoder") else None) or saved.get("ffn") or {}
         for attribute, mix in mixes.items():
             own = {leaf: f"{place}.{attribute}.{leaf}" for leaf in MIX_PARAMETERS if getattr(mix, leaf) is not None}
@@ -226,15 +235,16 @@ def _own_starts(net: nn.Module, given: Mapping[str, Tensor], saved: Mapping[str,
                 continue
             names |= {name for name in own.values() if name not in given}
             if own["base"] not in given:
-                _check_identity(layer, ffn.get("activation"), path)
+                before = ffn.get("activation") if isinstance(layer, FeedForward) else layer.config.activation
+                _check_identity(layer, before, path)
             else:
-                check_dictionary(mix, GivenMix(given[own["base"]], entries=_tuple(ffn.get("dictionary"))), path)
+                check_dictionary(mix, GivenMix(given[own["base"]], entries=_entries(f"{place}.{attribute}", ffn)), path)
             if own.get("gate_weight") in given and ffn.get("gate") != mix.gate:
                 raise UserError(f"the gates of '{path}' are {ffn.get('gate')}, and here {mix.gate}: match ffn.gate")
     return names
 
 
-def _check_identity(layer: FeedForward, before: str | None, path: Path) -> None:
+def _check_identity(layer: MixedLayer, before: str | None, path: Path) -> None:
     """UserError unless the mixes of a layer start as the activation that it had."""
     config = layer.config
     if config.init != "identity" or config.gates == "frozen" or before not in (None, config.activation):

@@ -16,6 +16,7 @@ from .common import tensorboard_writer
 
 METRICS = ("val/loss", "val/bits_per_byte", "val/knn_top1", "train/loss", "perf/tokens_per_second", "perf/mfu")
 FFN = ("mixing", "form", "activation", "branches", "gate", "gates", "init", "base", "match", "hidden_extra")
+FFN += ("attention_gate", "pointwise_norm")
 AXES = ("samples", "tokens", "seconds")
 LAYOUT = {  # page section -> chart -> (kind, regular expressions of tags)
     "Convergence": {

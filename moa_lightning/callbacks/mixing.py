@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..activations import pointwise
 from ..feedforward import FeedForward
 from ..mixing import MixCoefficients
+from ..places import OutputGate, PointwiseNorm
 from .common import (
     is_logging_step,
     run_folder,
@@ -77,14 +78,15 @@ class _Pending:
 
 def short_names(names: list[str]) -> dict[str, str]:
     """Readable names of modules: net.blocks.3.mlp.up_mix -> block03/up, decoder_blocks.0.mlp.gate_mix ->
-    decoder_block00/gate. Where two would be the same, those keep their full path."""
+    decoder_block00/gate, net.blocks.3.norm1.mix -> block03/norm1. Where two would be the same, those keep their full
+    path."""
     short = {name: _short_name(name) for name in names}
     taken = Counter(short.values())
     return {name: value if taken[value] == 1 else name for name, value in short.items()}
 
 
 def _short_name(name: str) -> str:
-    path, _, mix = name.rpartition(".")
+    path, _, mix = name.removesuffix(".mix").rpartition(".")
     numbered = re.findall(r"([^.]+)\.(\d+)(?=\.|$)", path)
     place = ".".join(f"{container.removesuffix('s')}{int(number):02d}" for container, number in numbered)
     return "/".join(part for part in (place, mix.removesuffix("_mix")) if part)
@@ -143,14 +145,16 @@ def start_coefficients(module: MixCoefficients) -> np.ndarray:
     return np.full(shape, module.gate_zero if module.gate else 1 / math.prod(shape))
 
 
-def projections_of_mixes(net: nn.Module) -> dict[MixCoefficients, nn.Linear]:
-    """The projection whose output each mix is applied to; none for pairs, which mix two of them."""
-    found: dict[MixCoefficients, nn.Linear] = {}
+def projections_of_mixes(net: nn.Module) -> dict[MixCoefficients, nn.Module]:
+    """The module to whose output each mix is applied; none for pairs, which mix the outputs of two."""
+    found: dict[MixCoefficients, nn.Module] = {}
     for layer in net.modules():
         if isinstance(layer, FeedForward):
             for mix, projection in ((layer.up_mix, layer.up_proj), (layer.gate_mix, layer.gate_proj)):
                 if isinstance(mix, MixCoefficients) and projection is not None:
                     found[mix] = projection
+        elif isinstance(layer, OutputGate | PointwiseNorm) and isinstance(layer.mix, MixCoefficients):
+            found[layer.mix] = layer.gate_proj if isinstance(layer, OutputGate) else layer.scale
     return found
 
 

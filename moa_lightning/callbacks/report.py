@@ -104,14 +104,16 @@ def student_layers(module: nn.Module) -> list[FeedForward]:
 
 def describe_ffn(config: FFNConfig) -> str:
     """moa gated both, 7 activations from silu, sigmoid gates."""
+    others = {"attention gate": config.attention_gate, "pointwise norm": config.pointwise_norm}
+    places = "".join(f", {kind} {place}" for place, kind in others.items() if kind != "none")
     if config.mixing == "fixed":
-        return f"{config.form} {config.activation}"
+        return f"{config.form} {config.activation}{places}"
     branches = f" {config.branches}" if config.gated else ""
     start = f" from {config.activation}" if config.init == "identity" else ", the paper's start"
     start = f" from the mixes of {config.start_from}" if config.start_from else start
     control = "" if config.gates == "trained" else f"{config.gates} "
     gates = f", {control}{config.gate} gates" if config.mixing == "moa" else ""
-    return f"{config.mixing} {config.form}{branches}, {len(config.dictionary)} activations{start}{gates}"
+    return f"{config.mixing} {config.form}{branches}, {len(config.dictionary)} activations{start}{gates}{places}"
 
 
 def describe_data(facts: dict[str, Any]) -> str:

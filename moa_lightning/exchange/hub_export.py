@@ -65,6 +65,9 @@ def stock_architecture(net: GPT) -> Stock | str:
     gpt, ffn, moe = net.config, net.ffn, net.moe
     if ffn.mixing != "fixed":
         return f"no stock architecture mixes activations (ffn.mixing {ffn.mixing})"
+    for place in ("attention_gate", "pointwise_norm"):
+        if getattr(ffn, place) != "none":
+            return f"no stock architecture has the layer that ffn.{place} adds"
     if not is_pointwise(ffn.activation) or ffn.activation not in _ACTIVATIONS:
         return f"no stock architecture has the activation {ffn.activation}"
     if moe.experts:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..activations import is_pointwise
 from ..errors import UserError
-from ..feedforward import FeedForward, FFNConfig
+from ..feedforward import FeedForward, FFNConfig, MixedLayer
 from ..injection import inject
 from ..injection_adapters import activation_name
 from ..models.vit import build_vit, pooled, untouched_tokens
@@ -100,6 +100,8 @@ def timm_state(ours: nn.Module, theirs: nn.Module) -> dict[str, Tensor] | None:
     state = {key: value.detach() for key, value in ours.state_dict().items()}
     for name, layer in ours.named_modules():
         if not isinstance(layer, FeedForward):
+            if isinstance(layer, MixedLayer):  # a gate or norm that timm has not
+                return None
             continue
         renamed = _renamed(layer, theirs.get_submodule(name))
         if renamed is None:

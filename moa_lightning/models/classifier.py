@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..feedforward import FFNConfig
 from .init import initialize, vision_rule
-from .vit import blocks_flops, build_vit, check_size, is_plain
+from .vit import blocks_flops, build_vit, check_size, is_plain, norms_flops
 
 HEAD_STD = 2e-5
 
@@ -85,7 +85,8 @@ class ImageClassifier(nn.Module):
         """Matrix-product FLOPs of one forward pass for one image."""
         vit = self.vit
         patches = int(vit.patch_embed.num_patches)
-        blocks = blocks_flops(vit.blocks, int(vit.embed_dim), patches + int(vit.num_prefix_tokens))
+        tokens = patches + int(vit.num_prefix_tokens)
+        blocks = blocks_flops(vit.blocks, int(vit.embed_dim), tokens) + norms_flops(vit, tokens)
         return 2.0 * vit.patch_embed.proj.weight.numel() * patches + blocks + 2.0 * vit.head.weight.numel()
 
 

@@ -15,7 +15,7 @@ from ..feedforward import FFNConfig
 from ..masking import IBOTConfig, check_grid
 from ..optim.norms import split_sharded
 from .init import initialize, vision_rule
-from .vit import blocks_flops, build_vit, check_size, is_plain, masking
+from .vit import blocks_flops, build_vit, check_size, is_plain, masking, norms_flops
 
 BLOCK = re.compile(r"student\.backbone\.blocks\.(\d+)\.")
 STEM = re.compile(r"mask_token|student\.backbone\.(\w+_token|pos_embed|patch_embed|norm_pre|rope)\b")
@@ -242,7 +242,8 @@ class SelfDistillation(nn.Module):
 
         def view(size: int) -> float:
             patches = (size // patch) ** 2
-            blocks = blocks_flops(net.blocks, int(net.embed_dim), patches + int(net.num_prefix_tokens))
+            tokens = patches + int(net.num_prefix_tokens)
+            blocks = blocks_flops(net.blocks, int(net.embed_dim), tokens) + norms_flops(net, tokens)
             return 2.0 * embed * patches + blocks + 2.0 * head
 
         masked = masked_share * sum((size // patch) ** 2 for size in view_sizes[:2])

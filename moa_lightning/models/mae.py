@@ -16,7 +16,16 @@ from ..feedforward import FFNConfig
 from ..injection import inject
 from ..losses.mae import patchify
 from .init import initialize, mae_rule
-from .vit import blocks_flops, build_vit, check_size, make_maskable, pooled, sincos_positions, untouched_tokens
+from .vit import (
+    blocks_flops,
+    build_vit,
+    check_size,
+    make_maskable,
+    norms_flops,
+    pooled,
+    sincos_positions,
+    untouched_tokens,
+)
 
 
 def random_mask(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +153,7 @@ class MaskedAutoencoder(nn.Module):
         seen = self.selector.num_prefix_tokens + int(self.num_patches * (1 - self.mask_ratio))
         tokens = self.selector.num_prefix_tokens + self.num_patches
         patches = 2.0 * encoder.patch_embed.proj.weight.numel() * self.num_patches
-        encoding = blocks_flops(encoder.blocks, int(encoder.embed_dim), seen)
-        decoding = blocks_flops(decoder.blocks, decoder.embed_dim, tokens)
+        encoding = blocks_flops(encoder.blocks, int(encoder.embed_dim), seen) + norms_flops(encoder, seen)
+        decoding = blocks_flops(decoder.blocks, decoder.embed_dim, tokens) + norms_flops(decoder, tokens)
         ends = 2.0 * (decoder.embed.weight.numel() * seen + decoder.pred.weight.numel() * tokens)
         return patches + encoding + decoding + ends

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..feedforward import FFNConfig
 from ..injection import inject
 from ..mixing import MixCoefficients
+from ..places import PointwiseNorm
 
 # options of timm that download weights, or unpickle a file, which runs the code in it
 WEIGHTS_FROM = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -159,10 +160,17 @@ def pooled(net: Any, tokens: Tensor) -> Tensor:
 def blocks_flops(blocks: nn.ModuleList | nn.Sequential, dim: int, tokens: int) -> float:
     """Matrix-product FLOPs of one forward pass of transformer blocks of width `dim` over `tokens` tokens: 2 per weight
     of every linear layer and gate and token, 4·dim per pair of tokens."""
-    weights = 0
-    for module in blocks.modules():
-        if isinstance(module, nn.Linear):
-            weights += module.weight.numel()
-        elif isinstance(module, MixCoefficients) and module.gate_weight is not None:
-            weights += module.gate_weight.numel()
-    return 2.0 * weights * tokens + 4.0 * len(blocks) * dim * tokens**2
+    weights = sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear))
+    return 2.0 * (weights + _gate_weights(blocks)) * tokens + 4.0 * len(blocks) * dim * tokens**2
+
+
+def norms_flops(net: nn.Module, tokens: int) -> float:
+    """Matrix-product FLOPs of one forward pass of the norms beside a net's blocks: 2 per weight of their gates and
+    token, of which the norm behind pooling (fc_norm) sees one."""
+    norms = {name: child for name, child in net.named_children() if isinstance(child, PointwiseNorm)}
+    return sum(2.0 * _gate_weights(norm) * (1 if name == "fc_norm" else tokens) for name, norm in norms.items())
+
+
+def _gate_weights(module: nn.Module) -> int:
+    mixes = [part for part in module.modules() if isinstance(part, MixCoefficients)]
+    return sum(mix.gate_weight.numel() for mix in mixes if mix.gate_weight is not None)

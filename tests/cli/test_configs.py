@@ -83,7 +83,15 @@ def test_an_ffn_fragment_is_an_ffn_config_and_says_in_full_what_it_is(path: str)
     assert FFNConfig(**given).as_dict().items() >= given.items()
     # merged over another one key by key, it must win everywhere
     shape = {"hidden_ratio", "multiple_of", "bias", "kernel"}  # these are the task's and the machine's business
-    assert set(given) == set(FFNConfig.__dataclass_fields__) - shape
+    places = {"attention_gate", "pointwise_norm"}  # fragments of their own, that any of these goes with
+    assert set(given) == set(FFNConfig.__dataclass_fields__) - shape - places
+
+
+@pytest.mark.parametrize("path", names("places"))
+def test_a_place_fragment_sets_one_place(path: str) -> None:
+    (given,) = load_config(path).content["model"]["init_args"]["ffn"].items()
+    assert "_".join(given) == Path(path).stem
+    assert FFNConfig(**dict([given])) != FFNConfig()
 
 
 def test_the_order_of_fragments_and_options_does_not_matter(moa: Moa) -> None:

@@ -16,12 +16,14 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def fragment(name: str) -> FFNConfig:
-    """The feed-forward layer that configs/ffn/<name>.yaml describes."""
-    content = yaml.safe_load((CONFIGS / "ffn" / f"{name}.yaml").read_text())
+    """What configs/ffn/<name>.yaml describes, or configs/places/<name>.yaml."""
+    folder = "places" if name in PLACES else "ffn"
+    content = yaml.safe_load((CONFIGS / folder / f"{name}.yaml").read_text())
     return FFNConfig(**content["model"]["init_args"]["ffn"])
 
 
 FFNS = sorted(path.stem for path in (CONFIGS / "ffn").glob("*.yaml"))
+PLACES = sorted(path.stem for path in (CONFIGS / "places").glob("*.yaml"))
 
 
 @torch.no_grad()

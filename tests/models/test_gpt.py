@@ -9,11 +9,11 @@ from moa_lightning.errors import UserError
 from moa_lightning.models import GPT, GPTConfig
 from moa_lightning.models.gpt import Attention, rotary_table, rotate
 from moa_lightning.sampling import Sampling
-from tests.models.nets import FFNS, assert_same_where_shapes_agree, counted_flops, fragment, shake, start
+from tests.models.nets import FFNS, PLACES, assert_same_where_shapes_agree, counted_flops, fragment, shake, start
 
 SIZE = GPTConfig(depth=2, dim=24, num_heads=2)
 VOCAB, CONTEXT = 13, 10
-every_ffn = pytest.mark.parametrize("ffn", FFNS)
+every_ffn = pytest.mark.parametrize("ffn", [*FFNS, *PLACES])
 
 
 def gpt(ffn: FFNConfig = FFNConfig(), size: GPTConfig = SIZE, seed: int = 0, context: int = CONTEXT) -> GPT:  # noqa: B008

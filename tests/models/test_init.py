@@ -15,6 +15,7 @@ FFNS = {
     "held": FFNConfig("moa", init="paper", base="held"),
     "both": FFNConfig("moa", form="gated", branches="both", match="parameters"),
     "polynorm": FFNConfig(activation="polynorm"),
+    "places": FFNConfig(init="paper", attention_gate="moa", pointwise_norm="moa"),
 }
 BACKBONES = {
     "vit": ("vit_tiny_patch16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}),

@@ -12,7 +12,7 @@ from moa_lightning.losses import masked_pixel_loss
 from moa_lightning.models import MaskedAutoencoder
 from moa_lightning.models.mae import random_mask
 from tests.models.families import FAMILIES, IMAGE, NOT_PLAIN, PATCHES, SMALL, images
-from tests.models.nets import FFNS, assert_same_where_shapes_agree, counted_flops, fragment, shake, start
+from tests.models.nets import FFNS, PLACES, assert_same_where_shapes_agree, counted_flops, fragment, shake, start
 from tests.official import EXACT, needs_official, official
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -95,7 +95,7 @@ def test_loss_is_finite_and_gradient_reaches_every_parameter(name: str) -> None:
     assert not [n for n, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
 
 
-@pytest.mark.parametrize("ffn", FFNS)
+@pytest.mark.parametrize("ffn", [*FFNS, *PLACES])
 def test_gradient_reaches_every_parameter_of_every_ffn(ffn: str) -> None:
     net = shake(mae(ffn=ffn), scale=0.1)
     predicted, mask = net(images(channels=1), noise())
@@ -214,7 +214,7 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
     assert net.flops_per_image() == counted_flops(lambda: net(images(1, 1), noise(1)))
 
 
-@pytest.mark.parametrize("ffn", FFNS)
+@pytest.mark.parametrize("ffn", [*FFNS, *PLACES])
 def test_flops_of_every_ffn_are_those_that_torch_counts(ffn: str) -> None:
     net = mae(ffn=ffn, mask_ratio=0.5)
     assert net.flops_per_image() == counted_flops(lambda: net(images(1, 1), noise(1)))

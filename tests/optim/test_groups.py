@@ -18,6 +18,7 @@ FFNS = {
     "moa_paper": FFNConfig("moa", init="paper", base="held"),
     "moa_both": FFNConfig("moa", "gated", branches="both", gate_bias=True),
     "moa_pairs": FFNConfig("moa", "gated", branches="pairs", gate_bias=True),
+    "places": FFNConfig(gate_bias=True, attention_gate="moa", pointwise_norm="la"),
 }
 
 
@@ -61,9 +62,9 @@ def test_coefficients_of_mixes_are_a_group_without_decay(build, ffn: FFNConfig) 
     coefficients = {
         name
         for name, p in net.named_parameters()
-        if p.requires_grad and name.endswith(("_mix.base", "_mix.gate_weight", "_mix.gate_bias"))
+        if p.requires_grad and name.endswith(("mix.base", "mix.gate_weight", "mix.gate_bias"))
     }
-    assert bool(coefficients) == (ffn.mixing != "fixed")
+    assert bool(coefficients) == bool(ffn.learned)
     assert grouped(net).get("mixing", set()) == coefficients
     decay = {group["name"]: group["weight_decay"] for group in parameter_groups(net, 1e-3, 0.1, 1.0)}
     assert decay.pop("decay") == 0.1
@@ -78,6 +79,18 @@ def test_matrices_and_the_embedding_decay_norms_do_not() -> None:
     assert {block + name for name in matrices} | {"embed.weight", "head.weight"} <= groups["decay"]
     assert {block + name for name in others} | {"norm.weight"} <= groups["no_decay"]
     assert groups["mixing"] == {f"blocks.{i}.mlp.up_mix.{name}" for i in (0, 1) for name in ("base", "gate_weight")}
+
+
+def test_the_matrix_of_a_gate_on_attention_is_one_of_the_trunk() -> None:
+    patterns = ["*.attn.qkv.weight", "*.attn.proj.weight", "*_proj.weight"]  # those of configs/optimizer/muon.yaml
+    for build, gate in ((gpt, "blocks.1.attn.output_gate"), (mae, "encoder.blocks.1.attn.proj.output_gate")):
+        net = build(FFNS["places"])
+        names = {id(p): name for name, p in net.named_parameters()}
+        groups = {g["name"]: {names[id(p)] for p in g["params"]} for g in parameter_groups(net, 1, 1, 1, patterns)}
+        assert f"{gate}.gate_proj.weight" in groups["muon"]
+        path = gate.partition("blocks.")[0]
+        norms = {f"{path}{norm}{leaf}" for norm in ("blocks.0.norm1.", "norm.") for leaf in ("bias", "scale.weight")}
+        assert norms | ({"embed_scale.weight"} if build is gpt else set()) <= groups["no_decay"]
 
 
 def test_tied_embeddings_are_grouped_once() -> None:
