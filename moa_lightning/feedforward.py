@@ -135,7 +135,7 @@ class FFNConfig:
                 )
 
     @property
-    def learned(self) -> set[str]:
+    def learned(self) -> set[Place]:
         """Kinds of learned mixes, "la" and "moa", in the feed-forward layer and the other places."""
         return {self.mixing, self.attention_gate, self.pointwise_norm} & {"la", "moa"}
 

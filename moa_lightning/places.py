@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .feedforward import WEIGHT_STD, FFNConfig, MixedLayer, as_projected, mix_parameter_count
+from .feedforward import WEIGHT_STD, FFNConfig, MixedLayer, Place, as_projected, mix_parameter_count
 from .kernels import mix
 
 GATE_START, NORM_START = "sigmoid", "tanh"
@@ -55,17 +55,16 @@ def norm_config(ffn: FFNConfig) -> FFNConfig:
     return _config(ffn, ffn.pointwise_norm, NORM_START)
 
 
-def _config(ffn: FFNConfig, mixing: str, start: str) -> FFNConfig:
-    learned = mixing in ("la", "moa")
+def _config(ffn: FFNConfig, mixing: Place, start: str) -> FFNConfig:
     return replace(
         ffn,
-        mixing=mixing if learned else "fixed",
+        mixing="fixed" if mixing == "none" else mixing,
         form="plain",
         branches="one",
         activation=start,
         dictionary=entries(ffn.dictionary, start),
         gates=ffn.gates if mixing == "moa" else "trained",
-        start_from=ffn.start_from if learned else None,
+        start_from=ffn.start_from if mixing in ("la", "moa") else None,
         attention_gate="none",
         pointwise_norm="none",
     )

@@ -15,8 +15,8 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams
 from .common import tensorboard_writer
 
 METRICS = ("val/loss", "val/bits_per_byte", "val/knn_top1", "train/loss", "perf/tokens_per_second", "perf/mfu")
-FFN = ("mixing", "form", "activation", "branches", "gate", "gates", "init", "base", "match", "hidden_extra")
-FFN += ("attention_gate", "pointwise_norm")
+LAYER = ("mixing", "form", "activation", "branches", "gate", "gates", "init", "base", "match", "hidden_extra")
+FFN = (*LAYER, "attention_gate", "pointwise_norm")
 AXES = ("samples", "tokens", "seconds")
 LAYOUT = {  # page section -> chart -> (kind, regular expressions of tags)
     "Convergence": {
