@@ -6,8 +6,10 @@
 The gate is elementwise, after the attention function and before the output projection, without a bias: the place and
 form that Qiu et al. ("Gated Attention for Large Language Models", arXiv 2505.06708) found best. The norm is DyT (Zhu et
 al., "Transformers without Normalization", arXiv 2503.10622). As there, it replaces every norm over the width of the
-stream, the last one too, not those of queries and keys; a starts at 0.5, in language models as LANGUAGE_SCALES has it,
-where a learned number behind the embedding starts at sqrt(d).
+stream, the last one too, not those of queries and keys; a starts at 0.5, in language models as LANGUAGE_SCALES has it.
+There it also takes a learned number behind the embedding, without which the stream starts too small for tanh to bend.
+The paper starts it at sqrt(d), which at width 4096 makes embeddings of standard deviation 0.02 nearly unit ones; ours
+start as unit ones at every width, because sqrt(d) learns far more slowly in narrow nets (docs/log.md). [O]
 
 LA and MoA are those of mixing.py with ffn's dictionary, gate, init, base and controls. The identity start is the
 sigmoid or tanh; where the dictionary lacks that, it is put in front. The gates of a mix read the layer's own x: for the

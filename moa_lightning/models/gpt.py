@@ -36,6 +36,8 @@ from ..places import (
 from ..sampling import Sampling, continuation
 from .init import initialize
 
+EMBEDDING_STD = 0.02  # of the embedding at the start
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -247,7 +249,7 @@ class GPT(nn.Module):
         self.config, self.ffn, self.moe, self.context_length = config, ffn, moe, context_length
         self.routing: Routing | None = None
         self.embed = nn.Embedding(vocab_size, config.dim)
-        self.embed_scale = None if ffn.pointwise_norm == "none" else Scale(config.dim**0.5)
+        self.embed_scale = None if ffn.pointwise_norm == "none" else Scale(1 / EMBEDDING_STD)
         self.blocks = nn.ModuleList(
             MoEBlock(config, ffn, moe) if moe.experts else Block(config, ffn) for _ in range(config.depth)
         )
@@ -365,7 +367,7 @@ class GPT(nn.Module):
 def gpt_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
     """Matrices normal with standard deviation fan-in^-1/2, those into the residual stream zero, embeddings 0.02."""
     if isinstance(module, nn.Embedding):
-        parameter.normal_(std=0.02, generator=generator)
+        parameter.normal_(std=EMBEDDING_STD, generator=generator)
     elif isinstance(module, nn.Linear | StackedLinear):
         if name.endswith(("attn.proj.weight", "down_proj.weight", "bias")):
             parameter.zero_()
