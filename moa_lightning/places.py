@@ -13,7 +13,8 @@ start as unit ones at every width, because sqrt(d) learns far more slowly in nar
 
 LA and MoA are those of mixing.py with ffn's dictionary, gate, init, base and controls. The identity start is the
 sigmoid or tanh; where the dictionary lacks that, it is put in front. The gates of a mix read the layer's own x: for the
-norm the stream as it comes, neither normalised nor scaled by a. [O]
+norm the stream as it comes, neither normalised nor scaled by a. Unlike tanh, a mix does not bound the stream: together
+with ReLU² in the feed-forward layer it can run away (docs/places.md). [O]
 """
 
 from bisect import bisect_left
