@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from moa_lightning import FFNConfig, UserError, inject
 from moa_lightning.callbacks.mixing import projections_of_mixes, short_names
 from moa_lightning.controls import hold_mixes
+from moa_lightning.exchange.hub_export import stock_architecture
+from moa_lightning.exchange.timm_export import timm_state
 from moa_lightning.mixing import MixCoefficients
 from moa_lightning.models import GPT, GPTConfig
 from moa_lightning.places import OutputGate, PointwiseNorm, entries
@@ -259,3 +261,13 @@ def test_mixes_in_all_places_can_be_held_at_constants() -> None:
     layer, x = net.blocks[0].norm1, random(2, 3, 24)
     expected = 0.5 * sum(CURVES[name](layer.scale.weight * x) for name in layer.mix.entries)
     assert torch.allclose(layer(x), layer.weight * expected + layer.bias)
+
+
+@pytest.mark.parametrize("place", ["attention_gate", "pointwise_norm"])
+def test_no_export_takes_a_net_with_such_a_place_for_a_stock_one(place: str) -> None:
+    swiglu = {"form": "gated", "activation": "silu", "bias": False}
+    assert not isinstance(stock_architecture(gpt(FFNConfig(**swiglu))), str)
+    assert place in stock_architecture(gpt(FFNConfig(**swiglu, **{place: "fixed"})))
+    model, stock = vit(), vit()
+    inject(model, FFNConfig(**{place: "fixed"}))
+    assert timm_state(model, stock) is None
