@@ -46,8 +46,8 @@ STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp2"}
 HYBRID = "hsdp"  # two copies, each sharded over half of the processes
 BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
 FIRST = 5
-CLASSIFICATION, SOURCES = "classification-moa", "language-moa-mixture"
-EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", SOURCES, CLASSIFICATION]
+CLASSIFICATION, SOURCES, EVERYWHERE = "classification-moa", "language-moa-mixture", "language-moa-places"
+EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", SOURCES, CLASSIFICATION, EVERYWHERE]
 MASKED = "dino-moa-masked"
 EXPERTS_STEPS, EXPERTS_SAVED_AT, EXPERTS_VALIDATED = 6, 4, 3
 PRUNED = ["language-moa-averaged", "dino-moa"]
@@ -105,8 +105,9 @@ def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
     optimizer = OptimizerConfig(lr=rate, weight_decay=decay, warmup_steps=5)
     vision = {"backbone": "vit_tiny_patch16_224", "backbone_args": BACKBONE, "ffn": config, "optimizer": optimizer}
     if task == "language":
-        narrow = replace(config, hidden_ratio=2.0)
-        options = {"optimizer": optimizer, **EXTRAS[extra]}
+        places = {"attention_gate": "moa", "pointwise_norm": "moa"} if extra == "places" else {}
+        narrow = replace(config, hidden_ratio=2.0, **places)
+        options = {"optimizer": optimizer, **EXTRAS.get(extra, {})}
         return tasks.LanguageModeling(GPTConfig(depth=2, dim=32, num_heads=2), narrow, seed=0, **options)
     if task == "classification":
         drawn = {
