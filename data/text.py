@@ -162,15 +162,13 @@ class EvalWindows(Windows):
         return self.window(start, tokens, targets)
 
 
-class TextModule(DataModule):
-    """Base of the text modules, with bytes as tokens where a subclass names no other tokenizer.
+class TokenModule(DataModule):
+    """Base of all modules whose samples are tokens of a text: bytes, where a subclass names no other tokenizer.
 
     Args:
-        context_length: tokens in a sample.
-        max_val_samples: validate on at most so many windows (of each source), evenly spaced; None takes all.
+        context_length: most tokens in a sample.
+        max_val_samples: validate on at most so many samples (of each source), evenly spaced; None takes all.
         max_test_samples: the same for testing.
-        mask_documents: attention does not cross from one document to the next; the batch then has the
-            key "documents", int32 (B, T), the number of each token's document in its window.
         options: `DataModule`'s.
     """
 
@@ -179,11 +177,9 @@ class TextModule(DataModule):
         context_length: int = 256,
         max_val_samples: int | None = None,
         max_test_samples: int | None = None,
-        mask_documents: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.mask_documents = mask_documents
         limits = {"max_val_samples": max_val_samples, "max_test_samples": max_test_samples}
         for name, value in {"context_length": context_length, **limits}.items():
             if value is not None and value < 1:
@@ -214,6 +210,20 @@ class TextModule(DataModule):
         """Tokens to text without the special ones; bytes that are not UTF-8 become replacement characters."""
         pieces = self.tokenizer.pieces
         return b"".join(pieces[token] for token in tokens).decode("utf-8", errors="replace")
+
+
+class TextModule(TokenModule):
+    """Base of the modules of running text, cut into windows of `context_length` tokens.
+
+    Args:
+        mask_documents: attention does not cross from one document to the next; the batch then has the
+            key "documents", int32 (B, T), the number of each token's document in its window.
+        options: `TokenModule`'s.
+    """
+
+    def __init__(self, mask_documents: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.mask_documents = mask_documents
 
     def windows(self, sources: dict[str, TokenSource]) -> dict[str, Samples]:
         """The splits over their tokens; val and test are left out where they have no token to predict."""

@@ -42,8 +42,8 @@ Train:  moa fit -c configs/language/gpt_tiny.yaml -c configs/data/stdlib.yaml -c
 
 {_CONFIGS}
 what is trained (--model.*)
-  --model TASK                    LanguageModeling, MAE, DINO or ImageClassification; moa fit --model.help MAE lists its
-                                  options
+  --model TASK                    LanguageModeling, SequenceClassification, MAE, DINO or ImageClassification; moa fit
+                                  --model.help MAE lists its options
   --model.ffn.activation NAME     identity, gelu, silu, relu, leaky_relu, relu2, tanh, ...
   --model.ffn.mixing KIND         fixed, la (a learned mix), moa (a mix gated per token)
   --model.ffn.gate NAME           sigmoid, softmax, tanh
@@ -53,8 +53,8 @@ what is trained (--model.*)
   --model.compile true            compile the blocks (pays off in runs of more than a few minutes)
 
 on what (--data.*)
-  --data MODULE                   TextFiles, TextShards, TokenFiles, Mixture, Images or ImageShards; moa fit --data.help
-                                  Images lists the options of one
+  --data MODULE                   TextFiles, TextShards, TokenFiles, Mixture, TextTask, LabelledFiles, Images or
+                                  ImageShards; moa fit --data.help Images lists the options of one
   --data.source PATH              where from (TextFiles, TokenFiles, Images)
   --data.batch_size N             samples in a batch, over all devices together
 
@@ -163,7 +163,7 @@ COMMAND_HELP = {
     ),
     "predict": _evaluation(
         "predict",
-        "Features of test images (MAE, DINO), losses of test texts (LanguageModeling).",
+        "Features of test images (MAE, DINO), losses of test texts (LanguageModeling), answers (the classifiers).",
         "Writes predictions.npz. For all\nimages of a folder, with their file names:\n"
         "moa predict --ckpt_path RUN/checkpoints/last.ckpt --folder pictures --out features.parquet\n"
         "--out ends in .npz or in .parquet, which needs pyarrow.",

@@ -24,6 +24,7 @@ import data
 import tasks
 from data.image_base import ImageModule
 from data.image_sources import folder_images
+from data.labelled_text import LabelledText
 from data.text import TextModule
 from tasks.vision import SelfSupervised
 
@@ -314,6 +315,11 @@ def check_kind(task: L.LightningModule, datamodule: L.LightningDataModule) -> No
         return
     if isinstance(task, tasks.Joint) or isinstance(datamodule, data.Joint):
         raise UserError(f"{name} does not train on {source}; the task Joint needs --data Joint, and no other task does")
+    if isinstance(task, tasks.SequenceClassification) != isinstance(datamodule, LabelledText):
+        raise UserError(
+            f"{name} does not train on {source}; the task SequenceClassification needs --data TextTask or --data "
+            "LabelledFiles, and no other task does"
+        )
     if isinstance(task, SelfSupervised | tasks.ImageClassification) and isinstance(datamodule, TextModule):
         raise UserError(f"{name} trains on images, and {source} is text; choose --data Images or --data ImageShards")
     if isinstance(task, tasks.LanguageModeling) and isinstance(datamodule, ImageModule):

@@ -14,6 +14,10 @@ The router computes in float32. Without a capacity no token is dropped: rows are
 A capacity makes slots, the same number for each expert, filled in the order of the tokens (a GShard-like order, first
 choices first, would let a later token take the place of an earlier one). It holds in training only, so that an
 evaluated token does not depend on its neighbours. Dispatch and combination are gathers both ways, no atomic additions.
+
+Sequences of different lengths may be padded. Padding takes no place: capacities follow from the real tokens (of each
+sequence for expert choice, of the batch for token choice), which come first, and only real tokens are counted. So what
+a real token gets is what it would get without padding.
 """
 
 import math
@@ -84,7 +88,8 @@ class MoEConfig:
 
 
 class Routing(NamedTuple):
-    """What a router did with the tokens of one forward pass on this process, dropped assignments included."""
+    """What a router did with the tokens of one forward pass on this process, dropped assignments included and padding
+    left out."""
 
     load: Tensor
     """tokens assigned to each expert, int64 (E,)"""
@@ -182,45 +187,59 @@ class MoE(nn.Module):
         width = config.shared_experts * self.experts.hidden_dim
         self.shared = FeedForward(dim, ffn, width) if width else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """`real`, bool (..., T), is False for padding, whose y means nothing; None: there is none."""
         tokens = x.flatten(0, -2)  # (N, d)
+        real = None if real is None else real.flatten()
         logits = self.router(tokens)
         probabilities = logits.softmax(-1)  # (N, E)
         if self.config.router == "expert_choice":
-            y, load, dropped = self._experts_choose(tokens, probabilities, x.shape[-2])
+            y, load, dropped = self._experts_choose(tokens, probabilities, x.shape[-2], real)
         else:
-            y, load, dropped = self._tokens_choose(tokens, probabilities)
+            y, load, dropped = self._tokens_choose(tokens, probabilities, real)
         y = y.view(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
         with torch.no_grad():
-            entropy = torch.special.entr(probabilities).sum(-1).mean() / math.log(max(2, self.config.experts))
-        z_loss = logits.logsumexp(-1).square().mean()
-        return y, Routing(load, probabilities.mean(0), z_loss, entropy, dropped)
+            entropy = _mean(torch.special.entr(probabilities).sum(-1), real) / math.log(max(2, self.config.experts))
+        z_loss = _mean(logits.logsumexp(-1).square(), real)
+        return y, Routing(load, _mean(probabilities, real), z_loss, entropy, dropped)
 
-    def _tokens_choose(self, x: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, d) -> y (N, d), load (E,), dropped ()."""
+    def _tokens_choose(self, x: Tensor, probabilities: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, d), real (N,) -> y (N, d), load (E,), dropped ()."""
         top_k, bias = self.config.top_k, self.router.bias
         scores = probabilities if bias is None else probabilities + bias
         chosen = scores.detach().topk(top_k, dim=-1).indices  # (N, k)
         weights = probabilities.gather(-1, chosen)
         if top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
-        order = chosen.flatten().argsort(stable=True)  # by expert, then by token
+        counted = None if real is None else real.repeat_interleave(top_k)
+        rank = chosen.flatten() if counted is None else 2 * chosen.flatten() + ~counted
+        order = rank.argsort(stable=True)  # by expert, padding last, then by token
         expert = chosen.flatten()[order]
         ends = torch.searchsorted(expert, torch.arange(self.config.experts, device=x.device), right=True)
-        load = ends.diff(prepend=ends.new_zeros(1))
-        capacity = self._capacity(x, load)
+        rows = ends.diff(prepend=ends.new_zeros(1))
+        load = (
+            rows if counted is None else torch.zeros_like(rows).index_add(0, chosen.flatten(), counted.to(rows.dtype))
+        )
+        capacity = self._capacity(x, rows)
         if capacity is None:
             plan = _Dispatch(order, order.argsort(), Rows(expert, ends.to(torch.int32)))
         else:
-            plan = _slots(order, expert, ends - load, capacity, self.config.experts)
+            plan = _slots(order, expert, ends - rows, capacity, self._filled(load, real))
         y = self._through_experts(x, plan, top_k)  # (N, k, d)
         if plan.rows is None:
-            dropped = (plan.place == len(plan.source)).float().mean()
+            dropped = _mean((plan.place == len(plan.source)).float(), counted)
         else:
             dropped = torch.zeros((), device=x.device)
         return (y * weights.to(y.dtype)[..., None]).sum(1), load, dropped
+
+    def _filled(self, load: Tensor, real: Tensor | None) -> Tensor | None:
+        """Slots of each expert (E,) that may be filled where padding must not, in training; None: all."""
+        if real is None or not self.training or self.config.capacity_factor is None:
+            return None
+        own = self.config.capacity_factor * real.sum().double() * self.config.top_k / self.config.experts
+        return torch.minimum(load, own.ceil().to(load.dtype))
 
     def _capacity(self, x: Tensor, load: Tensor) -> int | None:
         """Slots of an expert, None for rows without slots."""
@@ -240,19 +259,31 @@ class MoE(nn.Module):
             y = self.experts(rows, plan.rows)
         return _Take.apply(y, plan.place, plan.source[:, None], holes).unflatten(0, (-1, top_k))
 
-    def _experts_choose(self, x: Tensor, probabilities: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As above; each expert takes the same number of tokens from each sequence of that length."""
+    def _experts_choose(
+        self, x: Tensor, probabilities: Tensor, length: int, real: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As above; each expert takes as many tokens as every other from a sequence, in proportion to its real ones."""
         assert self.config.capacity_factor is not None
         experts = self.config.experts
         places = min(length, math.ceil(self.config.capacity_factor * length / experts))
         by_sequence = probabilities.unflatten(0, (-1, length)).transpose(0, 2)  # (E, T, B)
-        weights, taken = by_sequence.topk(places, dim=1)  # (E, C, B)
+        if real is not None:
+            by_sequence = by_sequence.masked_fill(~real.view(-1, length).T, -1.0)  # below any probability
+        weights, taken = by_sequence.topk(places, dim=1)  # (E, C, B), best first
         index = (taken + length * torch.arange(taken.shape[-1], device=x.device)).flatten()
+        load = torch.full((experts,), places * taken.shape[-1], device=x.device)
+        seen = torch.zeros(x.shape[0], device=x.device)
+        if real is None:
+            seen = seen.index_fill(0, index, 1.0)
+        else:
+            lengths = real.view(-1, length).sum(1)
+            own = (self.config.capacity_factor * lengths.double() / experts).ceil().to(lengths.dtype).clamp(max=lengths)
+            used = torch.arange(places, device=x.device)[:, None] < own  # (C, B)
+            weights, load = torch.where(used, weights, 0.0), own.sum().expand(experts)
+            seen = seen.index_add(0, index, used.expand_as(taken).flatten().to(seen.dtype)).clamp(max=1.0)
         y = self.experts(x[index].unflatten(0, (experts, -1))).flatten(0, 1)
         total = torch.zeros_like(x, dtype=y.dtype).index_add(0, index, y * weights.flatten()[:, None].to(y.dtype))
-        load = torch.full((experts,), places * taken.shape[-1], device=x.device)
-        seen = torch.zeros(x.shape[0], device=x.device).index_fill(0, index, 1.0)
-        return total, load, 1 - seen.mean()
+        return total, load, 1 - _mean(seen, real)
 
     def parameter_count(self) -> int:
         """Trainable parameters in closed form."""
@@ -263,11 +294,19 @@ class MoE(nn.Module):
         return moe_flops_per_token(self.dim, self.experts.config, self.config)
 
 
-def _slots(order: Tensor, expert: Tensor, starts: Tensor, capacity: int, experts: int) -> _Dispatch:
-    """The first `capacity` assignments of each expert, in `order`, which sorts them by expert; starts (E,)."""
-    count, size = len(order), experts * capacity
+def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean of the values (N, ...) over the first axis, of those that `counted`, bool (N,), names."""
+    if counted is None:
+        return values.mean(0)
+    return (values.movedim(0, -1) * counted).sum(-1) / counted.sum()
+
+
+def _slots(order: Tensor, expert: Tensor, starts: Tensor, capacity: int, filled: Tensor | None) -> _Dispatch:
+    """The first `capacity` assignments of each expert, in `order`, which sorts them by expert, or fewer where `filled`
+    (E,) says so; starts (E,)."""
+    count, size = len(order), len(starts) * capacity
     position = torch.arange(count, device=order.device) - starts[expert]
-    slot = torch.where(position < capacity, expert * capacity + position, size)
+    slot = torch.where(position < (capacity if filled is None else filled[expert]), expert * capacity + position, size)
     place = torch.empty_like(order).scatter(0, order, slot)
     source = torch.full((size + 1,), count, device=order.device).scatter(0, slot, order)
     return _Dispatch(source[:size], place, None)

@@ -185,13 +185,14 @@ def check_dictionary(mix: MixCoefficients, given: GivenMix, path: Path) -> None:
 
 
 @torch.no_grad()
-def load_weights(net: nn.Module, source: str) -> Path | None:
+def load_weights(net: nn.Module, source: str, left: tuple[str, ...] = ()) -> Path | None:
     """Give a net, sharded or not, the weights of another run; mixes with a start of their own keep it.
 
     Every process reads the checkpoint.
 
     Args:
         source: a run's folder, or a checkpoint.
+        left: how the names begin of what either side keeps to itself, such as the head of another objective.
 
     Returns:
         The source, where it has no checkpoint.
@@ -205,6 +206,7 @@ def load_weights(net: nn.Module, source: str) -> Path | None:
     content = RunCheckpointIO().load_checkpoint(path)
     given = net_weights(content)  # those that the run evaluates
     own: dict[str, Tensor] = net.state_dict()
+    given, own = ({n: t for n, t in side.items() if not n.startswith(left)} for side in (given, own))
     if lost := [name for name in given if name not in own]:
         raise UserError(f"the weights of '{path}' have {lost[0]}, which this net lacks; match the models")
     held = _own_starts(net, given, content.get("hyper_parameters", {}), path)

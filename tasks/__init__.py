@@ -6,5 +6,6 @@ from .image_classification import ImageClassification
 from .joint import Joint
 from .language_modeling import LanguageModeling
 from .mae import MAE
+from .sequence_classification import SequenceClassification
 
-__all__ = ["DINO", "MAE", "ImageClassification", "Joint", "LanguageModeling", "Task"]
+__all__ = ["DINO", "MAE", "ImageClassification", "Joint", "LanguageModeling", "SequenceClassification", "Task"]

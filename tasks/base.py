@@ -58,6 +58,7 @@ class Task(L.LightningModule):
     """
 
     forward_methods: tuple[str, ...] = ("features",)
+    own_start: tuple[str, ...] = ()  # how names of parameters begin that `weights_from` leaves alone
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class Task(L.LightningModule):
         """Give the net the weights of another run, where `weights_from` names one."""
         if self.weights_from is None:
             return
-        missing = load_weights(self.net, self.weights_from)
+        missing = load_weights(self.net, self.weights_from, self.own_start)
         if missing is None:
             self.starts.append(f"weights from {self.weights_from}")
         else:

@@ -25,6 +25,7 @@ from moa_lightning.models import ImageClassifier
 from moa_lightning.optim import OptimizerConfig
 
 from .base import Recompute, Task, as_config
+from .fine_tuning import check_labelled, check_layer_decay, check_shares
 from .vision import token_classes
 
 METRICS = ("loss", "top1", "top5")
@@ -81,8 +82,10 @@ class ImageClassification(Task):
         activation_checkpointing: Recompute = False,
     ) -> None:
         super().__init__(optimizer, seed, compile, activation_checkpointing)
-        shares = {"drop_path_rate": drop_path_rate, "label_smoothing": label_smoothing}
-        _check(layer_decay, mixup, cutmix, **shares, random_erasing=random_erasing)
+        check_layer_decay(layer_decay)
+        check_shares(drop_path_rate=drop_path_rate, label_smoothing=label_smoothing, random_erasing=random_erasing)
+        if min(mixup, cutmix) < 0:
+            raise UserError(f"mixup is {mixup} and cutmix {cutmix}: they must not be negative; 0 switches them off")
         self.ffn = as_config(FFNConfig, ffn)
         self.keep_hyperparameters(
             backbone=backbone,
@@ -138,13 +141,7 @@ class ImageClassification(Task):
     def on_train_start(self) -> None:
         """Refuse images without labels, and to begin without the weights; a run that goes on has its own."""
         super().on_train_start()
-        labels = getattr(getattr(self.trainer.datamodule, "splits", {}).get("train"), "labels", None)  # type: ignore[attr-defined]
-        if labels is not None and bool((labels < 0).any()):
-            count, first = int((labels < 0).sum()), int((labels < 0).nonzero()[0])
-            raise UserError(
-                f"ImageClassification trains on labels, and {count} training images have none, the first of them image "
-                f"{first}: give labelled data"
-            )
+        check_labelled(self, "image")
         weights = self.hparams["backbone_weights"]
         if self.global_step == 0 and weights is not None and not Path(weights).exists():
             raise UserError(f"model.backbone_weights: there is no '{weights}'; name a checkpoint or a file of weights")
@@ -213,13 +210,3 @@ class ImageClassification(Task):
 
     def flops_per_sample(self) -> float:
         return 3.0 * self.net.flops_per_image()
-
-
-def _check(layer_decay: float, mixup: float, cutmix: float, **shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 <= value < 1 and (name, value) != ("random_erasing", 1):
-            raise UserError(f"{name} is {value} but must be a share from 0 to below 1")
-    if not 0 < layer_decay <= 1:
-        raise UserError(f"layer_decay is {layer_decay} but must be above 0 and at most 1")
-    if min(mixup, cutmix) < 0:
-        raise UserError(f"mixup is {mixup} and cutmix {cutmix}: they must not be negative; 0 switches them off")

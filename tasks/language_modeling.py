@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.evaluation import TextMetrics
-from moa_lightning.evaluation.token_classes import TokenClasses, text_classes
 from moa_lightning.losses.language import IGNORED
 from moa_lightning.models import GPT, GPTConfig
-from moa_lightning.moe import MoEConfig, balance_loss
+from moa_lightning.moe import MoEConfig
 from moa_lightning.optim import OptimizerConfig
 
-from .base import Recompute, Task, as_config
+from .base import Recompute
+from .gpt import GPTTask
 
 SAMPLE_TOKENS = 200
 
 
-class LanguageModeling(Task):
+class LanguageModeling(GPTTask):
     """A GPT trained to predict the next token.
 
     Args:
@@ -58,9 +58,7 @@ class LanguageModeling(Task):
         z_loss_weight: float = 0.0,
         weights_from: str | None = None,
     ) -> None:
-        super().__init__(optimizer, seed, compile, activation_checkpointing, weights_from)
-        self.gpt, self.ffn = as_config(GPTConfig, gpt), as_config(FFNConfig, ffn)
-        self.moe = as_config(MoEConfig, moe)
+        super().__init__(gpt, ffn, moe, optimizer, seed, compile, activation_checkpointing, weights_from)
         self.keep_hyperparameters(
             gpt=self.gpt,
             ffn=self.ffn,
@@ -81,7 +79,6 @@ class LanguageModeling(Task):
                 "null), and a finite weight of at least 0"
             )
         self.loss_chunk, self.z_loss_weight = loss_chunk, z_loss_weight
-        self._load: Tensor | None = None  # of the experts since the last optimiser step, over all processes
         self.val_metrics, self.test_metrics = TextMetrics(), TextMetrics()
         self._by_source: dict[int, TextMetrics] = {}  # of a mixture's sources, while it is evaluated
 
@@ -102,27 +99,7 @@ class LanguageModeling(Task):
             z_loss = normalizer.square().sum() / counted
             self.log("train/z_loss", z_loss.detach(), sync_dist=True)
             loss = loss + self.z_loss_weight * z_loss
-        return loss + self._router_loss() if self.moe.experts else loss
-
-    def _router_loss(self) -> Tensor:
-        """The routers' losses with their weights, each a mean over the blocks; keeps the load for the biases."""
-        routing, moe = self.net.routing, self.moe
-        z_loss = routing.z_loss.mean()
-        self.log("train/router_z_loss", z_loss.detach(), sync_dist=True)
-        total = moe.z_loss_weight * z_loss
-        if moe.balances_by_loss or moe.balances_by_bias:
-            load = self.trainer.strategy.reduce(routing.load.clone(), reduce_op="sum")  # (blocks, experts)
-            balance = balance_loss(load, routing.probability).mean()
-            self.log("train/balance_loss", balance.detach(), sync_dist=True)
-            if moe.balances_by_loss:
-                total = total + moe.balance_loss_weight * balance
-            self._load = load if self._load is None else self._load + load
-        return total
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.moe.balances_by_bias and self._load is not None:
-            self.net.follow_load(self._load)
-        self._load = None
+        return self.with_router_loss(loss)
 
     def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood and log normaliser per target in nats, float32 (B, T); 0 where it does not count (the
@@ -135,9 +112,6 @@ class LanguageModeling(Task):
         if not self.z_loss_weight:
             return nll, torch.zeros_like(nll)
         return nll, logits.logsumexp(-1).masked_fill(targets == IGNORED, 0.0)
-
-    def trunk(self) -> nn.Module:
-        return self.net
 
     def mix_forward(self, batch: dict[str, Any]) -> None:
         self.net(batch["tokens"], documents=batch.get("documents"))
@@ -187,18 +161,8 @@ class LanguageModeling(Task):
         for name, value in values.items():
             self.log(f"{split}/{name}", value.to(self.device), prog_bar=name == "loss", sync_dist=True)
 
-    def tokens_per_batch(self, batch: dict[str, Any]) -> int:
-        return batch["tokens"].numel()
-
     def flops_per_sample(self) -> float:
         return 3.0 * self.net.flops_per_token() * self.net.context_length
-
-    def active_parameters(self) -> int:
-        return self.net.parameter_count(active=True)
-
-    def token_classes(self, batch: dict[str, Any]) -> TokenClasses:
-        decode = self.data.decode
-        return text_classes([[decode([token]) for token in row] for row in batch["tokens"].tolist()])
 
     @torch.no_grad()
     def texts(self) -> dict[str, str]:

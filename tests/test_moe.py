@@ -190,6 +190,29 @@ def test_tokens_that_no_expert_takes_are_counted() -> None:
     assert routing.load.tolist() == [BATCH * math.ceil(0.5 * LENGTH / 4)] * 4
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_padding_takes_no_place_and_is_not_counted(router: str, training: bool) -> None:
+    """Sequences of 7, 3 and 5 real tokens give what they give in a row (a capacity is that of all their tokens), or one by
+    one where experts choose in each."""
+    moe, x = layer("moa", router).train(training), tokens()
+    real = torch.arange(LENGTH) < torch.tensor([7, 3, 5])[:, None]
+    y, routing = moe(x, real)
+    if moe.config.router == "token_choice":
+        expected, plain = moe(x[real][None])
+        for found, wanted in zip(routing, plain, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+        expected = expected[0]
+    else:
+        parts = [moe(row[None, keep]) for row, keep in zip(x, real, strict=True)]
+        expected = torch.cat([part[0] for part, _ in parts])
+        assert torch.equal(routing.load, sum(part.load for _, part in parts))
+        for name in ("probability", "z_loss", "entropy", "dropped"):
+            means = [getattr(part, name) * n for (_, part), n in zip(parts, (7, 3, 5), strict=True)]
+            torch.testing.assert_close(getattr(routing, name).double(), sum(means).double() / 15, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(y[real], expected, rtol=1e-10, atol=1e-10)
+
+
 def test_losses_are_their_formulas() -> None:
     moe, x = layer("gelu", "top2"), tokens()
     _, routing = moe(x)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from moa_lightning.run_folder import CHECKPOINTS, LAST
 
 SEED = "{seed}"  # in an option: the seed of the run
+VARIANT = "{variant}"  # in an option: the variant of the run, as in {run:pretrain/{variant}}
 OTHER_RUN = re.compile(r"\{run:([^{}]*)\}")  # in an option: the folder of another run with the same seed
 
 
@@ -211,6 +212,11 @@ class Grid:
         """The variant that this one is compared with."""
         return variant.against or self.baseline
 
+    def options(self, task: GridTask, variant: GridVariant) -> dict[str, str]:
+        """Of a run of one combination: those of the grid, the task and the variant, of which the later win."""
+        options = {**self.overrides, **task.overrides, **variant.overrides}
+        return {option: value.replace(VARIANT, variant.name) for option, value in options.items()}
+
     def run(
         self, task: GridTask, variant: GridVariant, seed: int, more: Mapping[str, str], setting: str | None = None
     ) -> Run:
@@ -221,7 +227,7 @@ class Grid:
             setting: what a tuning run tries, None for a final run.
         """
         parts = ("tune", setting, f"seed{seed}") if setting else (f"seed{seed}",)
-        options = {**self.overrides, **task.overrides, **variant.overrides, **more}
+        options = {**self.options(task, variant), **more}
         named = dict.fromkeys(name for value in options.values() for name in OTHER_RUN.findall(value))
         return Run(
             task=task.name,

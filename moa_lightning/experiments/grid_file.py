@@ -101,7 +101,7 @@ def _check(grid: Grid, where: str) -> None:
                 "it decides the number of seeds after the pilot."
             )
         for variant in grid.variants:
-            options = {**grid.overrides, **task.overrides, **variant.overrides}
+            options = grid.options(task, variant)
             set_twice = [option for option in BUDGET_OPTIONS if option in options]
             if task.budget is not None and set_twice:
                 raise UserError(f"task {task.name} has a budget and the option {set_twice[0]}; remove one of them.")

@@ -5,5 +5,14 @@ from .dino import SelfDistillation
 from .gpt import GPT, GPTConfig
 from .joint import JointNet
 from .mae import MaskedAutoencoder
+from .sequence_classifier import SequenceClassifier
 
-__all__ = ["GPT", "GPTConfig", "ImageClassifier", "JointNet", "MaskedAutoencoder", "SelfDistillation"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "ImageClassifier",
+    "JointNet",
+    "MaskedAutoencoder",
+    "SelfDistillation",
+    "SequenceClassifier",
+]

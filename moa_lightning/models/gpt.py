@@ -202,10 +202,16 @@ class MoEBlock(nn.Module):
         self.mlp = MoE(config.dim, ffn, moe)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         x = x + self.attn(self.norm1(x), cos, sin, cache, mask)
-        y, routing = self.mlp(self.norm2(x))
+        y, routing = self.mlp(self.norm2(x), real)
         return x + y, routing
 
 
@@ -230,6 +236,7 @@ class GPT(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    predicts_next = True  # so a token's output must not depend on later ones
 
     def __init__(
         self,
@@ -241,7 +248,7 @@ class GPT(nn.Module):
         moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
-        if moe.experts and moe.router == "expert_choice" and not moe.see_later_tokens:
+        if self.predicts_next and moe.experts and moe.router == "expert_choice" and not moe.see_later_tokens:
             raise UserError(
                 "moe.router 'expert_choice' lets outputs depend on later tokens, which a causal model must not see; "
                 "choose 'token_choice', or set moe.see_later_tokens to true for an experiment that knows it"
@@ -277,8 +284,10 @@ class GPT(nn.Module):
         """Of tokens int64 (B, T), and documents as in forward: see losses.language.chunked_losses."""
         return chunked_losses(self._features(tokens, None, documents), self.head, targets, chunk)
 
-    def _features(self, tokens: Tensor, cache: Cache | None, documents: Tensor | None) -> Tensor:
-        """What the output matrix reads, (B, T, d)."""
+    def _features(
+        self, tokens: Tensor, cache: Cache | None, documents: Tensor | None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """What the output matrix reads, (B, T, d); what lies behind the `lengths`, integers (B,), is padding."""
         if cache is not None and documents is not None:
             raise ValueError("a cache continues one document, so none can be kept apart")
         before = 0 if cache is None else cache.length
@@ -290,9 +299,11 @@ class GPT(nn.Module):
             x = self.embed_scale(x)
         cos, sin = self.cos[before:length], self.sin[before:length]
         mask = None if documents is None else document_mask(documents)
+        real = None if lengths is None else torch.arange(length, device=tokens.device) < lengths[:, None]
+        routed = (real,) if self.moe.experts else ()
         routings = []
         for index, block in enumerate(self.blocks):
-            out = block(x, cos, sin, None if cache is None else cache.layers[index], mask)
+            out = block(x, cos, sin, None if cache is None else cache.layers[index], mask, *routed)
             if self.moe.experts:
                 x, routing = out
                 routings.append(routing)

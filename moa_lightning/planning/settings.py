@@ -19,7 +19,8 @@ import yaml
 import data
 import tasks
 from data.image_base import ImageModule
-from data.text import TextModule
+from data.labelled_text import LabelledText
+from data.text import TextModule, TokenModule
 
 from ..configs import Fragment
 from ..errors import UserError
@@ -95,7 +96,7 @@ class Settings:
 
     @property
     def tokens_per_sample(self) -> int | None:
-        return self.data.context_length if isinstance(self.data, TextModule) else None
+        return self.data.context_length if isinstance(self.data, TokenModule) else None
 
     def batch(self, samples: int) -> dict[str, Any]:
         """A batch of the shapes that the data module gives, without content."""
@@ -106,6 +107,10 @@ class Settings:
             if self.data.mask_documents:
                 texts["documents"] = torch.empty(shape, dtype=torch.int32)
             return {**numbers, **texts}
+        if isinstance(self.data, LabelledText):
+            label = torch.empty(samples, dtype=torch.float32 if self.data.num_classes == 1 else torch.int64)
+            tokens = torch.empty(samples, self.data.context_length, dtype=torch.int64)
+            return {**numbers, "tokens": tokens, "lengths": torch.empty(samples, dtype=torch.int64), "label": label}
         assert isinstance(self.data, ImageModule)
         views = [torch.empty(samples, self.data.channels, size, size) for size in self.view_sizes]
         return {**numbers, "views": views, "label": torch.empty(samples, dtype=torch.int64)}
@@ -179,8 +184,12 @@ def _data_left_open(config: dict[str, Any], options: list[Option]) -> Any:
     if module is None:
         if model is None:
             return given  # the check says so
-        text = issubclass(find_class(tasks.Task, model, "--model", modules), tasks.LanguageModeling)
-        module, arguments = import_path(data.TextFiles if text else data.Images), {"source": None, **arguments}
+        kind = find_class(tasks.Task, model, "--model", modules)
+        if issubclass(kind, tasks.SequenceClassification):
+            module = import_path(data.TextTask)
+        else:
+            text = issubclass(kind, tasks.LanguageModeling)
+            module, arguments = import_path(data.TextFiles if text else data.Images), {"source": None, **arguments}
     parameters = inspect.signature(find_class(data.DataModule, module, "--data", modules)).parameters
     for place in (name for name in PLACES if name in parameters):
         required = parameters[place].default is inspect.Parameter.empty

@@ -1,0 +1,97 @@
+"""A GPT that judges whole texts: the output matrix gives way to a small head that reads one vector a sequence. [O]
+
+    logits = head(norm(x)[last]),  last: the last real token of the sequence
+
+Attention stays causal, as it was pre-trained, so the last token is the only one that has seen all others; a mean would
+weigh in what has seen next to nothing. Every text ends in the token between documents (data/labelled_text.py), which
+pre-training has met, so the head always reads the same token (Radford et al., "Improving language understanding by
+generative pre-training", 2018). No token is predicted, so expert choice is allowed: its experts may compare all tokens
+of the sequence that is judged.
+
+Padding stands behind the text, where no earlier token sees it, and takes no expert's place (moe.py): what comes out
+does not depend on it, nor on the other sequences of the batch, but for a capacity of token choice, in training.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..feedforward import FFNConfig
+from ..moe import MoEConfig
+from .classifier import HEAD_STD
+from .gpt import GPT, GPTConfig
+from .init import initialize
+
+HEAD = "head."  # where the names of its parameters begin
+
+
+class SequenceClassifier(GPT):
+    """Tokens int64 (B, T) and lengths (B,) -> (B, outputs). Blocks and embedding have a GPT's names.
+
+    Args:
+        config: the size; tie_embeddings has no meaning here.
+        ffn: the feed-forward layer of every block.
+        vocab_size: number of token ids.
+        context_length: longest input in tokens.
+        outputs: classes, or 1 for a number.
+        seed: initial weights are a function of (seed, parameter name).
+        moe: experts in place of every block's feed-forward layer.
+    """
+
+    predicts_next = False
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        ffn: FFNConfig,
+        vocab_size: int,
+        context_length: int,
+        outputs: int,
+        seed: int = 0,
+        moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(config, ffn, vocab_size, context_length, seed, moe)
+        self.head = nn.Linear(config.dim, outputs)
+        initialize(self.head, seed, head_rule)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]  # no next token
+        """Logits (B, outputs) of tokens (B, T), of which the first `lengths`, integers (B,), are real."""
+        return self.head(self.features(tokens, lengths))
+
+    def features(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """What the head reads: (B, d)."""
+        x = self._features(tokens, None, None, lengths)
+        return x[torch.arange(len(x), device=x.device), lengths - 1]
+
+    def layer_rates(self, decay: float) -> dict[str, float]:
+        """Learning rate of each parameter in units of the head's: `decay` once for every layer that lies above it.
+
+        Layers: embedding; each block, the last one with a norm behind it; head, as in ImageClassifier.layer_rates.
+        """
+        depth = self.config.depth
+
+        def above(name: str) -> int:
+            if name.startswith(HEAD):
+                return 0
+            if name.startswith("embed."):
+                return depth + 1
+            return depth - int(name.split(".")[1]) if name.startswith("blocks.") else 1
+
+        return {name: decay ** above(name) for name, _ in self.named_parameters()}
+
+    def parameter_count(self, active: bool = False, embeddings: bool = True) -> int:
+        """Trainable parameters in closed form, see GPT.parameter_count."""
+        table = self.embed.num_embeddings * self.config.dim if embeddings else 0
+        head = self.head.out_features * (self.config.dim + 1)
+        return super().parameter_count(active, embeddings=False) + table + head
+
+    def flops_per_token(self) -> int:
+        """Matrix-product FLOPs of one forward pass for one token at full context; the head's are of a sequence."""
+        return super().flops_per_token() - 2 * self.embed.num_embeddings * self.config.dim
+
+
+def head_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """A head near zero, as fine-tuned encoders have it (classifier.py): its first gradients disturb little below it."""
+    if name.endswith("weight"):
+        parameter.normal_(std=HEAD_STD, generator=generator)
+    else:
+        parameter.zero_()

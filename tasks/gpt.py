@@ -1,0 +1,66 @@
+"""What the tasks of a GPT share: its settings, and what its routers add to the loss."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moa_lightning import FFNConfig
+from moa_lightning.evaluation.token_classes import TokenClasses, text_classes
+from moa_lightning.models import GPTConfig
+from moa_lightning.moe import MoEConfig, balance_loss
+
+from .base import Task, as_config
+
+
+class GPTTask(Task):
+    """Base of LanguageModeling and SequenceClassification.
+
+    Args:
+        gpt: the size of the model.
+        ffn: the feed-forward layer of every block.
+        moe: experts in place of every block's feed-forward layer.
+        options: `Task`'s.
+    """
+
+    def __init__(self, gpt: GPTConfig, ffn: FFNConfig, moe: MoEConfig, *options: Any) -> None:
+        super().__init__(*options)
+        self.gpt, self.ffn = as_config(GPTConfig, gpt), as_config(FFNConfig, ffn)
+        self.moe = as_config(MoEConfig, moe)
+        self._load: Tensor | None = None  # of the experts since the last optimiser step, over all processes
+
+    def with_router_loss(self, loss: Tensor) -> Tensor:
+        """A loss and the routers' losses of its forward pass with their weights, each a mean over the blocks; keeps the
+        load for the biases."""
+        if not self.moe.experts:
+            return loss
+        routing, moe = self.net.routing, self.moe
+        z_loss = routing.z_loss.mean()
+        self.log("train/router_z_loss", z_loss.detach(), sync_dist=True)
+        total = moe.z_loss_weight * z_loss
+        if moe.balances_by_loss or moe.balances_by_bias:
+            load = self.trainer.strategy.reduce(routing.load.clone(), reduce_op="sum")  # (blocks, experts)
+            balance = balance_loss(load, routing.probability).mean()
+            self.log("train/balance_loss", balance.detach(), sync_dist=True)
+            if moe.balances_by_loss:
+                total = total + moe.balance_loss_weight * balance
+            self._load = load if self._load is None else self._load + load
+        return loss + total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.moe.balances_by_bias and self._load is not None:
+            self.net.follow_load(self._load)
+        self._load = None
+
+    def trunk(self) -> nn.Module:
+        return self.net
+
+    def tokens_per_batch(self, batch: dict[str, Any]) -> int:
+        return batch["tokens"].numel()
+
+    def active_parameters(self) -> int:
+        return self.net.parameter_count(active=True)
+
+    def token_classes(self, batch: dict[str, Any]) -> TokenClasses:
+        decode = self.data.decode
+        return text_classes([[decode([token]) for token in row] for row in batch["tokens"].tolist()])
