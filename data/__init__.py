@@ -1,11 +1,11 @@
 """Data modules: text and images, from files, packaged sets, token files or shards, all with the same batch formats.
 
 Text batch: `tokens` and `targets` int64 (B, T) (a target of -100 is not counted), `id` and `seed` int64 (B,), and of a
-mixture `source` int64 (B,). Labelled text: `tokens` (B, T), of which the first `lengths` int64 (B,) are real, with `label`
-(int64, float32 where it is a number), `id` and `seed`. Image batch in training: `views`, a list of float32 (B, C, H, W),
-one entry for each view, globals before locals, with `label`, `id` and `seed`; in evaluation `image` float32 (B, C, H, W)
-in place of `views`. An `id` of -1 marks padding. Of images and text together: {"vision": ..., "language": ...}, see
-`Joint`.
+mixture `source` int64 (B,). Labelled text: `tokens` (B, T), of which the first `lengths` int64 (B,) are real, with
+`label` (int64, float32 where it is a number), `id` and `seed`. Image batch in training: `views`, a list of float32
+(B, C, H, W), one entry for each view, globals before locals, with `label`, `id` and `seed`; in evaluation `image`,
+float32 (B, C, H, W), in place of `views`. An `id` of -1 marks padding. Of images and text together: {"vision": ...,
+"language": ...}, see `Joint`.
 """
 
 from data.base import DataModule, Samples

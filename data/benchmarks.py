@@ -7,7 +7,7 @@ validation sets, from the training genres (mnli) and from others (mnli_mm). Supe
 MultiRC and ReCoRD are left out, whose scores are over groups of answers. Validation is what both call dev. Their test
 files have no labels, so they serve prediction only.
 
-`EXPERT_CHOICE` are the eleven tasks of Zhou et al. (arXiv 2202.09368), who fine-tune experts that choose tokens on them.
+`EXPERT_CHOICE` are the eleven tasks of Zhou et al. (arXiv 2202.09368), where experts choose.
 """
 
 from collections.abc import Iterable

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
-from moa_lightning.evaluation.labels import LabelMetrics, label_metrics
+from moa_lightning.evaluation.labels import LabelMetrics, label_metrics, score_names
 from moa_lightning.evaluation.token_classes import TokenClasses
 from moa_lightning.models import GPTConfig, SequenceClassifier
 from moa_lightning.models.sequence_classifier import HEAD
@@ -24,8 +24,6 @@ from moa_lightning.optim import OptimizerConfig
 from .base import Recompute
 from .fine_tuning import check_labelled, check_layer_decay, check_shares
 from .gpt import GPTTask
-
-SPLITS = ("val", "test")
 
 
 class SequenceClassification(GPTTask):
@@ -94,10 +92,10 @@ class SequenceClassification(GPTTask):
             activation_checkpointing=activation_checkpointing,
             moe=self.moe,
         )
-        self.metrics: Any = None
+        self._metrics: LabelMetrics | None = None  # while a split is evaluated
 
     def build(self, seed: int) -> nn.Module:
-        sizes = (self.from_data(name) for name in ("vocab_size", "context_length", "num_classes"))
+        sizes = self.from_data("vocab_size"), self.from_data("context_length"), self.from_data("num_classes")
         return SequenceClassifier(self.gpt, self.ffn, *sizes, seed, self.moe)
 
     def choose(self) -> None:
@@ -105,8 +103,7 @@ class SequenceClassification(GPTTask):
         classes = self.from_data("num_classes")
         if classes == 1:
             self.from_data("target_scale")
-        self.metrics = nn.ModuleDict({split: label_metrics(classes) for split in SPLITS})
-        wanted, known = self.from_data("metrics"), self.metrics["val"].names
+        wanted, known = self.from_data("metrics"), score_names(classes)
         if not wanted or not set(wanted) <= set(known):
             raise UserError(f"model.metrics is {wanted}; give one or more of {', '.join(known)}")
 
@@ -150,21 +147,23 @@ class SequenceClassification(GPTTask):
         self.net(batch["tokens"], batch["lengths"])
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        self._evaluate(batch, self.metrics["val"])
+        self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        self._evaluate(batch, self.metrics["test"])
+        self._evaluate(batch)
 
     def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """Logits (B, num_classes) and predictions (B,) of the texts, with their ids and labels."""
         logits = self.net(batch["tokens"], batch["lengths"])
         return {"id": batch["id"], "label": batch["label"], "logits": logits, "prediction": self.predictions(logits)}
 
-    def _evaluate(self, batch: dict[str, Any], metrics: LabelMetrics) -> None:
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        if self._metrics is None:
+            self._metrics = label_metrics(self.hparams["num_classes"]).to(self.device)
         labels = batch["label"]
         known = (labels.isfinite() if labels.is_floating_point() else labels >= 0) & (batch["id"] >= 0)
         logits, labels = self.net(batch["tokens"], batch["lengths"])[known], labels[known]
-        metrics.update(self.losses(logits, labels), self.predictions(logits), labels)
+        self._metrics.update(self.losses(logits, labels), self.predictions(logits), labels)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -173,9 +172,8 @@ class SequenceClassification(GPTTask):
         self._report("test")
 
     def _report(self, split: str) -> None:
-        metrics: LabelMetrics = self.metrics[split]
-        values = metrics.compute()  # over all processes: every rank logs the same
-        metrics.reset()
+        assert self._metrics is not None
+        values, self._metrics = self._metrics.compute(), None  # over all processes: every rank logs the same
         official = [values[name] for name in self.hparams["metrics"]]
         values["score"] = torch.stack(official).mean()
         for name, value in values.items():

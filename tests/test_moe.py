@@ -193,8 +193,8 @@ def test_tokens_that_no_expert_takes_are_counted() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_padding_takes_no_place_and_is_not_counted(router: str, training: bool) -> None:
-    """Sequences of 7, 3 and 5 real tokens give what they give in a row (a capacity is that of all their tokens), or one by
-    one where experts choose in each."""
+    """Sequences of 7, 3 and 5 real tokens give what they give in a row (a capacity is that of all their tokens), or one
+    by one where experts choose in each."""
     moe, x = layer("moa", router).train(training), tokens()
     real = torch.arange(LENGTH) < torch.tensor([7, 3, 5])[:, None]
     y, routing = moe(x, real)

@@ -23,8 +23,6 @@ class LabelMetrics(Metric):
 
     losses: Tensor
     count: Tensor
-    names: tuple[str, ...]
-    """scores that `compute` gives besides the loss"""
     full_state_update = False
 
     def __init__(self) -> None:
@@ -62,7 +60,6 @@ class ClassMetrics(LabelMetrics):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.names = ("accuracy", *(("f1",) if classes == 2 else ()), "macro_f1", "matthews")
         default = torch.zeros(classes, classes, dtype=torch.int64)
         self.add_state("confusion", default=default, dist_reduce_fx="sum")  # rows: right, columns: predicted
 
@@ -82,7 +79,7 @@ class ClassMetrics(LabelMetrics):
             "macro_f1": f1[there].mean(),
             "matthews": _ratio(covariance, spread.sqrt()),
         }
-        return {**found, "f1": f1[1]} if "f1" in self.names else found
+        return {**found, "f1": f1[1]} if len(f1) == 2 else found
 
 
 class NumberMetrics(LabelMetrics):
@@ -90,7 +87,6 @@ class NumberMetrics(LabelMetrics):
 
     predictions: list[Tensor]
     labels: list[Tensor]
-    names = ("pearson", "spearman")
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,15 +100,22 @@ class NumberMetrics(LabelMetrics):
     def scores(self) -> dict[str, Tensor]:
         predictions, labels = dim_zero_cat(self.predictions), dim_zero_cat(self.labels)
         if len(labels) < 2 or (predictions == predictions[0]).all() or (labels == labels[0]).all():
-            return dict.fromkeys(self.names, torch.zeros((), dtype=torch.float64, device=labels.device))
+            return dict.fromkeys(score_names(1), torch.zeros((), dtype=torch.float64, device=labels.device))
         return {
             "pearson": pearson_corrcoef(predictions, labels),
             "spearman": spearman_corrcoef(predictions, labels),
         }
 
 
+def score_names(classes: int) -> tuple[str, ...]:
+    """The scores of labels of so many classes; 1: of numbers."""
+    if classes == 1:
+        return "pearson", "spearman"
+    return "accuracy", *(("f1",) if classes == 2 else ()), "macro_f1", "matthews"
+
+
 def label_metrics(classes: int) -> LabelMetrics:
-    """Of so many classes; 1: of numbers."""
+    """What judges labels of so many classes; 1: numbers."""
     return NumberMetrics() if classes == 1 else ClassMetrics(classes)
 
 

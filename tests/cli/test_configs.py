@@ -23,7 +23,10 @@ def names(folder: str) -> list[str]:
 
 
 FFN, TRAINER = names("ffn"), names("trainer")
-MODULES = {"vision": ("Images", "ImageShards"), "language": ("TextFiles", "TextShards", "TokenFiles", "Mixture", "TextTask")}
+MODULES = {
+    "vision": ("Images", "ImageShards"),
+    "language": ("TextFiles", "TextShards", "TokenFiles", "Mixture", "TextTask"),
+}
 
 
 def data_of(kind: str) -> list[str]:

@@ -147,6 +147,9 @@ def test_a_run_of_another_task(make_grid: MakeGrid, tmp_path: Path) -> None:
     tasks = {"first": task, "second": {**task, "overrides": {"start": "{run:first/gelu}"}}}
     found = runs(make_grid(tasks=tasks, variants={"gelu": {}, "la": {}}, seeds=[0]))
     assert [run.needs for run in found[2:]] == 2 * [(("{run:first/gelu}", tmp_path / "out/first/gelu/seed0"),)]
+    tasks["second"]["overrides"] = {"start": "{run:first/{variant}}"}
+    found = runs(make_grid(tasks=tasks, variants={"gelu": {}, "la": {}}, seeds=[0]))
+    assert [run.needs[0][1] for run in found[2:]] == [tmp_path / f"out/first/{name}/seed0" for name in ("gelu", "la")]
     tasks["second"]["tune"] = {"rate": [1, 2]}
     with pytest.raises(UserError, match="task second is tuned, so start cannot name a run of another task"):
         runs(make_grid(tasks=tasks, variants={"gelu": {}}, seeds=[0], tune={"seeds": [9]}))

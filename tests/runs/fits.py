@@ -23,6 +23,7 @@ from torch import Tensor
 
 import data
 import tasks
+from data.labelled_text import LabelledText, Row
 from data.text import TextModule
 from moa_lightning import FFNConfig
 from moa_lightning.callbacks import MultipleChoice, default_callbacks
@@ -47,7 +48,8 @@ HYBRID = "hsdp"  # two copies, each sharded over half of the processes
 BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
 FIRST = 5
 CLASSIFICATION, SOURCES, EVERYWHERE = "classification-moa", "language-moa-mixture", "language-moa-places"
-EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", SOURCES, CLASSIFICATION, EVERYWHERE]
+LINES = "lines-moa"
+EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", SOURCES, CLASSIFICATION, EVERYWHERE, LINES]
 MASKED = "dino-moa-masked"
 EXPERTS_STEPS, EXPERTS_SAVED_AT, EXPERTS_VALIDATED = 6, 4, 3
 PRUNED = ["language-moa-averaged", "dino-moa"]
@@ -109,6 +111,11 @@ def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
         narrow = replace(config, hidden_ratio=2.0, **places)
         options = {"optimizer": optimizer, **EXTRAS.get(extra, {})}
         return tasks.LanguageModeling(GPTConfig(depth=2, dim=32, num_heads=2), narrow, seed=0, **options)
+    if task == "lines":  # the router's loss is a mean over each process's tokens, of which these have different numbers
+        moe = MoEConfig(4, router="expert_choice", capacity_factor=1.5, z_loss_weight=0.0)
+        narrow, scale = replace(config, hidden_ratio=2.0), (0.1, 0.05)
+        gpt = GPTConfig(depth=2, dim=32, num_heads=2)
+        return tasks.SequenceClassification(gpt, narrow, optimizer, target_scale=scale, moe=moe, seed=0)
     if task == "classification":
         drawn = {
             "drop_path_rate": 0.0,
@@ -132,6 +139,20 @@ def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
         seed=0,
         **(DINOV2 if extra == "masked" else {}),
     )
+
+
+class Lines(LabelledText):
+    """The lines of the licence, and the share of each that is the letter e."""
+
+    num_classes, metrics = 1, ["spearman"]
+
+    def read(self) -> dict[str, list[Row]]:
+        lines = [line for line in (ROOT / "LICENSE").read_text().split("\n") if line.strip()]
+        rows = [Row((line,), line.count("e") / len(line)) for line in lines]
+        return {"train": rows[33:], "val": rows[:33]}
+
+    def describe_rows(self) -> dict[str, str | int]:
+        return {"source": "LICENSE"}
 
 
 @cache
@@ -158,6 +179,8 @@ def _data_module(task: str, batch_size: int) -> data.DataModule:
         weights = {"law": 2.0, "code": 1.0}  # 26 samples of code are more than there are
         options: dict[str, Any] = {"context_length": 32, "batch_size": batch_size, "seed": 0, "mask_documents": True}
         return data.Mixture(sources, weights, epoch_samples=80, **options)
+    if task == "lines":
+        return Lines(context_length=80, batch_size=batch_size, seed=0)
     if task == "language":
         return data.TextFiles(str(ROOT / "LICENSE"), context_length=32, batch_size=batch_size, seed=0)
     views = data.MultiCrop(local_crops=1, local_size=16) if task == "dino" else data.SingleView(flip=0.0)
