@@ -1,18 +1,19 @@
 """Three tasks for a text classifier from the standard library of the interpreter, which every machine has. [O]
 
-    stdlib_package    one text: which of six packages a piece of code comes from (score: accuracy)
-    stdlib_next       two texts: whether the second follows the first, or stands in another file (score: accuracy)
-    stdlib_indent     one text, a number: by how many columns the line after it is indented (score: Spearman)
+    stdlib_kind      one text: whether it ends in code, in a comment or in a string (score: accuracy)
+    stdlib_next      two texts: whether the second follows the first, or stands elsewhere in the file (score: accuracy)
+    stdlib_indent    one text, a number: by how many columns the line after it is indented (score: Spearman)
 
 Pieces have 126 characters and do not overlap; of a file there are at most 100, evenly spaced, or a few large ones would
-decide. Files are split by a hash of their names as for language models
-(data/documents.py), so no file is in two splits, and a model that was pre-trained with the same fractions has seen no
-held-out file. Classes are balanced in every split. The six packages are those with most text in the split in which they
-have least, so they, and with them the scores, belong to one version of Python.
+decide. Files are split by a hash of their names as for language models (data/documents.py): no file is in two splits,
+and a model that was pre-trained with the same fractions has seen no held-out file. Classes are balanced in every split.
+The files, and with them the scores, belong to one version of Python.
 """
 
+import bisect
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,7 +23,10 @@ from moa_lightning.random import named_seed
 
 PIECE = 126  # characters: with its end, or two halves with theirs, less than 129 tokens
 MOST_PIECES = 100  # of a file
-PACKAGES = 6
+KINDS = ("code", "comment", "string")
+NOT_CODE = re.compile(
+    r"""('''|\"\"\")(?:\\.|(?!\1).)*(?:\1|\Z)|'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*"|#[^\n]*""", re.DOTALL
+)
 MOST_INDENT = 40  # columns; more is a continued line somewhere far right
 
 Splits = dict[str, list[Document]]
@@ -31,14 +35,14 @@ Splits = dict[str, list[Document]]
 class StdlibTask(NamedTuple):
     """How a task's rows are made of the documents of all splits, and what judges them."""
 
-    rows: Callable[[Splits], tuple[dict[str, list[Row]], list[str]]]
-    """rows of each split, and the names of the classes, none for numbers"""
-    num_classes: int
+    rows: Callable[[Splits], dict[str, list[Row]]]
+    classes: tuple[str, ...]
+    """their names; none for numbers"""
     metrics: list[str]
 
 
-def read_stdlib(name: str, val_fraction: float, test_fraction: float) -> tuple[dict[str, list[Row]], list[str]]:
-    """The rows of a task's splits, and the names of its classes. Errors as in split_documents."""
+def read_stdlib(name: str, val_fraction: float, test_fraction: float) -> dict[str, list[Row]]:
+    """The rows of a task's splits. Errors as in split_documents."""
     splits = split_documents(stdlib_documents(), val_fraction, test_fraction)
     return STDLIB_TASKS[name].rows({split: part for split, part in splits.items() if part})
 
@@ -49,53 +53,53 @@ def pieces(document: Document) -> list[str]:
     return evenly([text[start : start + PIECE] for start in range(0, len(text) - PIECE + 1, PIECE)], MOST_PIECES)
 
 
-def _package_rows(splits: Splits) -> tuple[dict[str, list[Row]], list[str]]:
-    found = {split: _by_package(part) for split, part in splits.items()}
-    least = {
-        package: min(len(part.get(package, ())) for part in found.values()) for package in set().union(*found.values())
-    }
-    names = sorted(sorted(least, key=lambda package: (-least[package], package))[:PACKAGES])
+def _kind_rows(splits: Splits) -> dict[str, list[Row]]:
     rows = {}
-    for split, part in found.items():
-        count = min(len(part[name]) for name in names)
-        rows[split] = [Row((piece,), label) for label, name in enumerate(names) for piece in evenly(part[name], count)]
-    return rows, names
+    for split, documents in splits.items():
+        found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+        for document in documents:
+            for kind, piece in evenly(_kinds(document), MOST_PIECES):
+                found[kind].append(piece)
+        count = min(len(part) for part in found.values())
+        rows[split] = [Row((piece,), KINDS.index(kind)) for kind in KINDS for piece in evenly(found[kind], count)]
+    return rows
 
 
-def _by_package(documents: list[Document]) -> dict[str, list[str]]:
-    """Pieces of the files that lie in a package, by its name."""
-    found: dict[str, list[str]] = {}
-    for document in documents:
-        package, inside, _ = document.name.partition("/")
-        if inside:
-            found.setdefault(package, []).extend(pieces(document))
+def _kinds(document: Document) -> list[tuple[str, str]]:
+    """The pieces of a file, each with what its last character is a part of."""
+    text = document.content.decode("utf-8", errors="replace")
+    inside = [(match.start(), match.end(), match[0]) for match in NOT_CODE.finditer(text)]
+    starts = [start for start, _, _ in inside]
+    found = []
+    for end in range(PIECE, len(text) + 1, PIECE):
+        before = bisect.bisect_left(starts, end) - 1  # the last one that begins before the end of the piece
+        within = before >= 0 and end <= inside[before][1]
+        kind = "code" if not within else "comment" if inside[before][2].startswith("#") else "string"
+        found.append((kind, text[end - PIECE : end]))
     return found
 
 
-def _next_rows(splits: Splits) -> tuple[dict[str, list[Row]], list[str]]:
+def _next_rows(splits: Splits) -> dict[str, list[Row]]:
     half = PIECE // 2
     rows = {}
     for split, documents in splits.items():
-        all_pieces = [(number, piece) for number, document in enumerate(documents) for piece in pieces(document)]
         draw = random.Random(named_seed(0, f"stdlib_next {split}"))
         part = []
-        for index, (number, piece) in enumerate(all_pieces):
-            second, label = piece[half:], index % 2
-            while not label:
-                other, text = draw.choice(all_pieces)
-                if other != number or len(documents) == 1:
-                    second = text[half:]
-                    break
-            part.append(Row((piece[:half], second), label))
-        rows[split] = part[: len(part) // 2 * 2]
-    return rows, ["another", "next"]
+        for document in documents:
+            own = pieces(document)
+            for number, piece in enumerate(own[: len(own) // 2 * 2]):
+                follows = number % 2  # elsewhere: in any piece but this one
+                other = own[(number + draw.randrange(1, len(own))) % len(own)]
+                part.append(Row((piece[:half], (piece if follows else other)[half:]), follows))
+        rows[split] = part
+    return rows
 
 
-def _indent_rows(splits: Splits) -> tuple[dict[str, list[Row]], list[str]]:
+def _indent_rows(splits: Splits) -> dict[str, list[Row]]:
     rows = {
         split: [evenly(list(_indents(document)), MOST_PIECES) for document in part] for split, part in splits.items()
     }
-    return {split: [row for each in part for row in each] for split, part in rows.items()}, []
+    return {split: [row for each in part for row in each] for split, part in rows.items()}
 
 
 def _indents(document: Document) -> Iterator[Row]:
@@ -111,7 +115,7 @@ def _indents(document: Document) -> Iterator[Row]:
 
 
 STDLIB_TASKS = {
-    "stdlib_package": StdlibTask(_package_rows, PACKAGES, ["accuracy"]),
-    "stdlib_next": StdlibTask(_next_rows, 2, ["accuracy"]),
-    "stdlib_indent": StdlibTask(_indent_rows, 1, ["spearman"]),
+    "stdlib_kind": StdlibTask(_kind_rows, KINDS, ["accuracy"]),
+    "stdlib_next": StdlibTask(_next_rows, ("elsewhere", "next"), ["accuracy"]),
+    "stdlib_indent": StdlibTask(_indent_rows, (), ["spearman"]),
 }

@@ -17,7 +17,7 @@ class TextTask(LabelledText):
     """A task by its name.
 
     Args:
-        task: stdlib_package, stdlib_next or stdlib_indent (data/stdlib_tasks.py), which are always there; of GLUE cola,
+        task: stdlib_kind, stdlib_next or stdlib_indent (data/stdlib_tasks.py), which are always there; of GLUE cola,
             sst2, mrpc, stsb, qqp, mnli, mnli_mm, qnli, rte, wnli, of SuperGLUE boolq, cb, copa, wic, wsc.
         folder: below which the published files of GLUE and SuperGLUE lie: CoLA/train.tsv, BoolQ/train.jsonl.
         val_fraction: share of the standard library's files for validation. A language model to start from should be
@@ -31,7 +31,7 @@ class TextTask(LabelledText):
 
     def __init__(
         self,
-        task: str = "stdlib_package",
+        task: str = "stdlib_kind",
         folder: str | None = None,
         val_fraction: float = 0.15,
         test_fraction: float = 0.15,
@@ -47,19 +47,14 @@ class TextTask(LabelledText):
             )
         self.task, self.folder = task, folder
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        if task in STDLIB_TASKS:
-            self.num_classes, self.metrics = STDLIB_TASKS[task].num_classes, STDLIB_TASKS[task].metrics
-            self.class_names: list[str] = []
-        else:
-            definition = BENCHMARKS[task]
-            self.class_names, self.metrics = list(definition.classes), list(definition.metrics)
-            self.num_classes = len(self.class_names) or 1
+        definition = STDLIB_TASKS.get(task) or BENCHMARKS[task]
+        self.class_names, self.metrics = list(definition.classes), list(definition.metrics)
+        self.num_classes = len(self.class_names) or 1
 
     def read(self) -> dict[str, list[Row]]:
         if self.task in BENCHMARKS:
             return read_benchmark(self.task, self.folder)
-        rows, self.class_names = read_stdlib(self.task, self.val_fraction, self.test_fraction)
-        return rows
+        return read_stdlib(self.task, self.val_fraction, self.test_fraction)
 
     def describe_rows(self) -> dict[str, str | int]:
         names = {"class_names": ", ".join(self.class_names)} if self.class_names else {}
