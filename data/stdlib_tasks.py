@@ -1,7 +1,7 @@
 """Three tasks for a text classifier from the standard library of the interpreter, which every machine has. [O]
 
     stdlib_kind      one text: whether it ends in code, in a comment or in a string (score: accuracy)
-    stdlib_next      two texts: whether the second follows the first, or stands elsewhere in the file (score: accuracy)
+    stdlib_next      two texts: whether the second follows the first, or stands in another file (score: accuracy)
     stdlib_indent    one text, a number: by how many columns the line after it is indented (score: Spearman)
 
 Pieces have 126 characters and do not overlap; of a file there are at most 100, evenly spaced, or a few large ones would
@@ -84,13 +84,15 @@ def _next_rows(splits: Splits) -> dict[str, list[Row]]:
     rows = {}
     for split, documents in splits.items():
         draw = random.Random(named_seed(0, f"stdlib_next {split}"))
+        found = {document.name: pieces(document) for document in documents}
+        seconds = [(name, piece[half:]) for name, own in found.items() for piece in own]
         part = []
-        for document in documents:
-            own = pieces(document)
-            for number, piece in enumerate(own[: len(own) // 2 * 2]):
-                follows = number % 2  # elsewhere: in any piece but this one
-                other = own[(number + draw.randrange(1, len(own))) % len(own)]
-                part.append(Row((piece[:half], (piece if follows else other)[half:]), follows))
+        for name, own in found.items():
+            for index, piece in enumerate(own[: len(own) // 2 * 2]):
+                follows, second = index % 2, (name, piece[half:])
+                while not follows and second[0] == name and len(found) > 1:
+                    second = draw.choice(seconds)
+                part.append(Row((piece[:half], second[1]), follows))
         rows[split] = part
     return rows
 
@@ -116,6 +118,6 @@ def _indents(document: Document) -> Iterator[Row]:
 
 STDLIB_TASKS = {
     "stdlib_kind": StdlibTask(_kind_rows, KINDS, ["accuracy"]),
-    "stdlib_next": StdlibTask(_next_rows, ("elsewhere", "next"), ["accuracy"]),
+    "stdlib_next": StdlibTask(_next_rows, ("another", "next"), ["accuracy"]),
     "stdlib_indent": StdlibTask(_indent_rows, (), ["spearman"]),
 }

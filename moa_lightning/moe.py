@@ -2,7 +2,7 @@
 
     token choice    p = softmax(W x); a token goes to the k experts of largest p (+ b, see below)
                     y = sum over them of w_e FFN_e(x),  w = p / sum of the chosen p  (k = 1: w = p)
-    expert choice   each expert takes the tokens of largest p_e in a sequence; w = p
+    expert choice   each expert takes the tokens of largest p_e in a sequence, of equals the first; w = p
 
 Token choice: Shazeer et al., arXiv 1701.06538; Lepikhin et al. (GShard), 2006.16668; Fedus et al. (Switch), 2101.03961.
 With k = 1 the weight stays p, or the router had no gradient from the loss. Expert choice: Zhou et al., 2202.09368; who
@@ -269,7 +269,9 @@ class MoE(nn.Module):
         by_sequence = probabilities.unflatten(0, (-1, length)).transpose(0, 2)  # (E, T, B)
         if real is not None:
             by_sequence = by_sequence.masked_fill(~real.view(-1, length).T, -1.0)  # below any probability
-        weights, taken = by_sequence.topk(places, dim=1)  # (E, C, B), best first
+        # topk would choose among equals (at the start all tokens of an id) by the shape of the batch
+        ranked, order = by_sequence.sort(dim=1, descending=True, stable=True)
+        weights, taken = ranked[:, :places], order[:, :places]  # (E, C, B), best first
         index = (taken + length * torch.arange(taken.shape[-1], device=x.device)).flatten()
         load = torch.full((experts,), places * taken.shape[-1], device=x.device)
         seen = torch.zeros(x.shape[0], device=x.device)

@@ -213,6 +213,18 @@ def test_padding_takes_no_place_and_is_not_counted(router: str, training: bool) 
     torch.testing.assert_close(y[real], expected, rtol=1e-10, atol=1e-10)
 
 
+def test_of_tokens_that_it_likes_equally_an_expert_takes_the_first() -> None:
+    """As at the start of training, where all tokens of an id are equal; padding must not change who is taken."""
+    moe, generator = layer("gelu", "experts-choose"), torch.Generator().manual_seed(3)
+    x = tokens()[0, :2][torch.randint(0, 2, (1, 64), generator=generator)]  # two vectors over and over
+    real = torch.arange(104)[None] < 64
+    y, padded = moe(x)[0], moe(torch.cat([x, x[:, :40]], dim=1), real)[0]
+    torch.testing.assert_close(padded[:, :64], y, rtol=1e-10, atol=1e-10)
+    alike = (y[0, :, None] - y[0, None]).abs().amax(-1) < 1e-12
+    first, last = int((~alike[0] & (x[0] == x[0, 0]).all(-1)).nonzero()[0]), int(alike[0].nonzero()[-1])
+    assert first > last  # of the tokens that equal the first one, those that are served stand before the others
+
+
 def test_losses_are_their_formulas() -> None:
     moe, x = layer("gelu", "top2"), tokens()
     _, routing = moe(x)

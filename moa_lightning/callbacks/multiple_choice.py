@@ -36,7 +36,7 @@ class MultipleChoice(L.Callback):
         """Read the files, before anything has been computed."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(pl_module, "nll"):
-            raise UserError("--choices are questions to a language model, and this run is on images; leave it out")
+            raise UserError("--choices are questions to a language model, which this run has not; leave them out")
         if stage in ("fit", "validate") and "val" not in data.splits:
             raise UserError("--choices are answered at validations, and the data has no val split; give it one")
         length = pl_module.from_data("context_length")

@@ -5,8 +5,9 @@
                t and p counts of true and predicted classes, c of right answers (Gorodkin, 2004)
     numbers    Pearson's and Spearman's correlation
 
-A score whose denominator is zero is 0, as scikit-learn has it and as a constant answer deserves. (torchmetrics' own
-Matthews correlation gives a constant answer up to a tenth.) States add up over processes, some of which may be empty.
+A score whose denominator is zero is 0, as scikit-learn has it and as a constant answer deserves. (torchmetrics 1.9
+gives a constant answer that is right for 100 of 150 a Matthews correlation of 0.06.) States add up over processes, some
+of which may be empty.
 """
 
 import torch

@@ -55,10 +55,14 @@ class SequenceClassifier(GPT):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]  # no next token
         """Logits (B, outputs) of tokens (B, T), of which the first `lengths`, integers (B,), are real."""
-        return self.head(self.features(tokens, lengths))
+        return self.head(self._last(tokens, lengths))
 
     def features(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """What the head reads: (B, d)."""
+        return self._last(tokens, lengths)
+
+    def _last(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """As `features`, which `forward` must not call: behind either the weights of a sharded net are given back."""
         x = self._features(tokens, None, None, lengths)
         return x[torch.arange(len(x), device=x.device), lengths - 1]
 

@@ -111,11 +111,12 @@ def make_task(task: str, ffn: str, extra: str = "") -> tasks.Task:
         narrow = replace(config, hidden_ratio=2.0, **places)
         options = {"optimizer": optimizer, **EXTRAS.get(extra, {})}
         return tasks.LanguageModeling(GPTConfig(depth=2, dim=32, num_heads=2), narrow, seed=0, **options)
-    if task == "lines":  # the router's loss is a mean over each process's tokens, of which these have different numbers
-        moe = MoEConfig(4, router="expert_choice", capacity_factor=1.5, z_loss_weight=0.0)
-        narrow, scale = replace(config, hidden_ratio=2.0), (0.1, 0.05)
-        gpt = GPTConfig(depth=2, dim=32, num_heads=2)
-        return tasks.SequenceClassification(gpt, narrow, optimizer, target_scale=scale, moe=moe, seed=0)
+    if task == "lines":
+        # the router's loss is a mean over a process's tokens, of which there are not as many in each; and every expert
+        # takes all tokens, because between tokens that are almost equal, as at the start, rounding would choose
+        moe = MoEConfig(4, router="expert_choice", capacity_factor=4.0, z_loss_weight=0.0)
+        narrow, gpt = replace(config, hidden_ratio=2.0), GPTConfig(depth=2, dim=32, num_heads=2)
+        return tasks.SequenceClassification(gpt, narrow, optimizer, target_scale=(0.1, 0.05), moe=moe, seed=0)
     if task == "classification":
         drawn = {
             "drop_path_rate": 0.0,
