@@ -76,7 +76,7 @@ class SequenceClassifier(GPT):
         def above(name: str) -> int:
             if name.startswith(HEAD):
                 return 0
-            if name.startswith("embed."):
+            if name.startswith("embed"):  # its scale, too, where norms are point-wise
                 return depth + 1
             return depth - int(name.split(".")[1]) if name.startswith("blocks.") else 1
 

@@ -1,5 +1,7 @@
 """The GPT that judges texts: padding and neighbours change nothing, experts included; its counts, layers and start."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,3 +104,8 @@ def test_each_layer_learns_at_a_share_of_the_rate_above() -> None:
     }
     assert {name: rates[name] for name in expected} == expected
     assert rates.keys() == dict(made.named_parameters()).keys()
+    everywhere = replace(fragment("moa"), attention_gate="fixed", pointwise_norm="fixed")
+    made = SequenceClassifier(SIZE, everywhere, VOCAB, CONTEXT, OUTPUTS)
+    rates = made.layer_rates(0.5)
+    assert rates["embed_scale.weight"] == rates["embed.weight"] == 0.125
+    assert made.parameter_count() == sum(p.numel() for p in made.parameters())
