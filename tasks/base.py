@@ -84,8 +84,14 @@ class Task(L.LightningModule):
         self.joint_log: Callable[..., None] | None = None
         self.step_skipped = torch.zeros(())  # 1 where the last optimiser step was skipped
 
-    def keep_hyperparameters(self, **values: Any) -> None:
-        """Store constructor arguments as plain values, which checkpoints can hold without running code."""
+    def keep_hyperparameters(self, arguments: dict[str, Any], **parsed: Any) -> None:
+        """Store constructor arguments as plain values, which checkpoints can hold without running code.
+
+        Args:
+            arguments: locals() of a constructor that has no other variables.
+            parsed: what some of them stand for.
+        """
+        values = {name: value for name, value in {**arguments, **parsed}.items() if name not in ("self", "__class__")}
         self.save_hyperparameters({name: _plain(value) for name, value in values.items()})
 
     @property

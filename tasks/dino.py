@@ -124,36 +124,7 @@ class DINO(SelfSupervised):
                 "0 and at most 1"
             )
         self.keep_hyperparameters(
-            backbone=backbone,
-            backbone_args=backbone_args or {},
-            ffn=self.ffn,
-            out_dim=out_dim,
-            head_hidden_dim=head_hidden_dim,
-            head_bottleneck_dim=head_bottleneck_dim,
-            norm_last_layer=norm_last_layer,
-            drop_path_rate=drop_path_rate,
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-            teacher_temperature_start=teacher_temperature_start,
-            teacher_temperature_warmup=teacher_temperature_warmup,
-            freeze_last_layer=freeze_last_layer,
-            teacher_momentum=teacher_momentum,
-            center_momentum=center_momentum,
-            centering=centering,
-            ibot=self.ibot,
-            koleo_weight=koleo_weight,
-            clip_per_parameter=clip_per_parameter,
-            layer_decay=layer_decay,
-            patch_embed_rate=patch_embed_rate,
-            final_weight_decay=final_weight_decay,
-            backbone_weights=backbone_weights,
-            optimizer=self.optimizer_config,
-            image_size=image_size,
-            channels=channels,
-            seed=seed,
-            compile=compile,
-            activation_checkpointing=activation_checkpointing,
-            weights_from=weights_from,
+            locals(), backbone_args=backbone_args or {}, ffn=self.ffn, ibot=self.ibot, optimizer=self.optimizer_config
         )
         self.loss: Any = None
         self.patch_loss: Any = None

@@ -88,24 +88,7 @@ class ImageClassification(Task):
             raise UserError(f"mixup is {mixup} and cutmix {cutmix}: they must not be negative; 0 switches them off")
         self.ffn = as_config(FFNConfig, ffn)
         self.keep_hyperparameters(
-            backbone=backbone,
-            backbone_args=backbone_args or {},
-            ffn=self.ffn,
-            backbone_weights=backbone_weights,
-            pool=pool,
-            drop_path_rate=drop_path_rate,
-            layer_decay=layer_decay,
-            mixup=mixup,
-            cutmix=cutmix,
-            label_smoothing=label_smoothing,
-            random_erasing=random_erasing,
-            optimizer=self.optimizer_config,
-            num_classes=num_classes,
-            image_size=image_size,
-            channels=channels,
-            seed=seed,
-            compile=compile,
-            activation_checkpointing=activation_checkpointing,
+            locals(), backbone_args=backbone_args or {}, ffn=self.ffn, optimizer=self.optimizer_config
         )
         self.metrics = nn.ModuleDict({f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in METRICS})
         self.mixing: Mixup | None = None

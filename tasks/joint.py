@@ -82,6 +82,7 @@ class Joint(Task):
         if unknown := set(self.tie) - set(get_args(Tie)):
             raise UserError(f"model.tie is {sorted(unknown)[0]!r}; choose from {', '.join(get_args(Tie))}")
         self.keep_hyperparameters(
+            {},
             vision=_options(first),
             language=_options(second),
             ffn=own,

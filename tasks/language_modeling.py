@@ -59,20 +59,7 @@ class LanguageModeling(GPTTask):
         weights_from: str | None = None,
     ) -> None:
         super().__init__(gpt, ffn, moe, optimizer, seed, compile, activation_checkpointing, weights_from)
-        self.keep_hyperparameters(
-            gpt=self.gpt,
-            ffn=self.ffn,
-            optimizer=self.optimizer_config,
-            vocab_size=vocab_size,
-            context_length=context_length,
-            seed=seed,
-            compile=compile,
-            activation_checkpointing=activation_checkpointing,
-            weights_from=weights_from,
-            moe=self.moe,
-            loss_chunk=loss_chunk,
-            z_loss_weight=z_loss_weight,
-        )
+        self.keep_hyperparameters(locals(), gpt=self.gpt, ffn=self.ffn, moe=self.moe, optimizer=self.optimizer_config)
         if (loss_chunk is not None and loss_chunk < 1) or not 0 <= z_loss_weight < math.inf:
             raise UserError(
                 f"model.loss_chunk is {loss_chunk} and model.z_loss_weight {z_loss_weight}; give at least 1 token (or "

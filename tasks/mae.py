@@ -69,23 +69,11 @@ class MAE(SelfSupervised):
         self.decoder_ffn = self.ffn if decoder_ffn is None else as_config(FFNConfig, decoder_ffn)
         self.normalize_pixels = normalize_pixels
         self.keep_hyperparameters(
-            backbone=backbone,
+            locals(),
             backbone_args=backbone_args or {},
             ffn=self.ffn,
             decoder_ffn=decoder_ffn if decoder_ffn is None else self.decoder_ffn,
-            mask_ratio=mask_ratio,
-            normalize_pixels=normalize_pixels,
-            decoder_dim=decoder_dim,
-            decoder_depth=decoder_depth,
-            decoder_heads=decoder_heads,
-            backbone_weights=backbone_weights,
             optimizer=self.optimizer_config,
-            image_size=image_size,
-            channels=channels,
-            seed=seed,
-            compile=compile,
-            activation_checkpointing=activation_checkpointing,
-            weights_from=weights_from,
         )
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 

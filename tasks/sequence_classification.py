@@ -75,23 +75,7 @@ class SequenceClassification(GPTTask):
         check_shares(label_smoothing=label_smoothing)
         if target_scale is not None and not target_scale[1] > 0:
             raise UserError(f"target_scale is {list(target_scale)}; give a mean and a standard deviation above 0")
-        self.keep_hyperparameters(
-            gpt=self.gpt,
-            ffn=self.ffn,
-            optimizer=self.optimizer_config,
-            weights_from=weights_from,
-            layer_decay=layer_decay,
-            label_smoothing=label_smoothing,
-            num_classes=num_classes,
-            target_scale=target_scale,
-            metrics=metrics,
-            vocab_size=vocab_size,
-            context_length=context_length,
-            seed=seed,
-            compile=compile,
-            activation_checkpointing=activation_checkpointing,
-            moe=self.moe,
-        )
+        self.keep_hyperparameters(locals(), gpt=self.gpt, ffn=self.ffn, moe=self.moe, optimizer=self.optimizer_config)
         self._metrics: LabelMetrics | None = None  # while a split is evaluated
 
     def build(self, seed: int) -> nn.Module:
