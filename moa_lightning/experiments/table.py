@@ -59,7 +59,7 @@ class Row:
             "task": self.task.name,
             "variant": self.variant,
             "metric": f"{self.task.final_metric} {'↓' if self.task.mode == 'min' else '↑'}",
-            "mean ± sd": _spread(self.mean, self.sd),
+            "mean ± sd": _spread(self.mean, self.sd) if self.n else "-",
             "tuned": _tuned(self.choice),
             "parameters": "-" if self.parameters is None else f"{self.parameters:,}",
             "seconds": _seconds(self.seconds),

@@ -48,6 +48,7 @@ def _lead(schedule: Schedule, rows: list[Row], finished: int) -> str:
     counts = ", ".join(
         f"{verdicts.count(word)} {word}" for word in ("better", "worse", "no difference shown") if word in verdicts
     )
+    counts = counts or "none judged yet"
     state = "All runs have finished" if finished == total else f"{finished} of {total} runs have finished"
     grid = schedule.grid
     return f"{len(grid.variants)} variants on {len(grid.tasks)} tasks. {state}; of {grid.claims} comparisons: {counts}."

@@ -60,7 +60,7 @@ def test_rounding_follows_the_spread(tmp_path: Path) -> None:
 def test_missing_and_diverged_runs(tmp_path: Path) -> None:
     small = grid(tmp_path)
     _, none = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": []}))
-    assert cells(none) == ("nan", "", "no seed in common", "0 of 3")
+    assert cells(none) == ("-", "", "no seed in common", "0 of 3")
     _, one = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": [0.9]}))
     assert cells(one) == ("0.9", "-0.1", "one seed: no interval", "1 of 3")
     _, lost = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": [0.9, math.nan, 1.0]}))

@@ -128,6 +128,9 @@ def test_a_grid_says_what_its_table_says(ablate: Ablate, make_grid: Callable[...
     report, folder = make_report(tmp_path / "out")  # from its folder alone, which may have been moved
     assert folder == tmp_path / "out"
     assert "All runs have finished" in report.lead
+    for result in folder.rglob("result.json"):
+        result.unlink()
+    assert "of 4 comparisons: none judged yet" in make_report(folder)[0].lead
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
