@@ -24,7 +24,8 @@ except ImportError as error:
 
 from .feedforward import FFNConfig
 from .mixing import MixCoefficients
-from .models.gpt import GPT, Cache, GPTConfig, LayerCache, rotary_table
+from .models.gpt import GPT
+from .models.trunk import Cache, GPTConfig, LayerCache, rotary_table
 from .moe import MoEConfig, Router
 
 MODEL_TYPE = "moa_gpt"

@@ -190,7 +190,7 @@ def test_a_block_with_both_places_compiles_to_one_graph() -> None:
 
 
 REFUSED = {
-    "a GPT of ours": (lambda: gpt(FFNConfig()), "attention_gate", r"blocks.0.attn', a .*gpt.Attention"),
+    "a GPT of ours": (lambda: gpt(FFNConfig()), "attention_gate", r"blocks.0.attn', a .*trunk.Attention"),
     "a gate already": (lambda: gated(), "attention_gate", r"blocks.1.attn' has a gate"),
     "batch norm": (lambda: vit(norm_layer=nn.BatchNorm1d), "pointwise_norm", r"'blocks.0.norm1', a BatchNorm1d"),
 }

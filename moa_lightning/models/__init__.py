@@ -2,10 +2,11 @@
 
 from .classifier import ImageClassifier
 from .dino import SelfDistillation
-from .gpt import GPT, GPTConfig
+from .gpt import GPT
 from .joint import JointNet
 from .mae import MaskedAutoencoder
 from .sequence_classifier import SequenceClassifier
+from .trunk import GPTConfig
 
 __all__ = [
     "GPT",

@@ -1,4 +1,4 @@
-"""A GPT that judges whole texts: the output matrix gives way to a small head that reads one vector a sequence. [O]
+"""A GPT's trunk that judges whole texts: in place of the output matrix a small head reads one vector a sequence. [O]
 
     logits = head(norm(x)[last]),  last: the last real token of the sequence
 
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from ..feedforward import FFNConfig
 from ..moe import MoEConfig
 from .classifier import HEAD_STD
-from .gpt import GPT, GPTConfig
 from .init import initialize
+from .trunk import GPTConfig, Trunk, gpt_rule
 
 HEAD = "head."  # where the names of its parameters begin
 
 
-class SequenceClassifier(GPT):
+class SequenceClassifier(Trunk):
     """Tokens int64 (B, T) and lengths (B,) -> (B, outputs). Blocks and embedding have a GPT's names.
 
     Args:
@@ -37,8 +37,6 @@ class SequenceClassifier(GPT):
         moe: experts in place of every block's feed-forward layer.
     """
 
-    predicts_next = False
-
     def __init__(
         self,
         config: GPTConfig,
@@ -49,11 +47,11 @@ class SequenceClassifier(GPT):
         seed: int = 0,
         moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__(config, ffn, vocab_size, context_length, seed, moe)
+        super().__init__(config, ffn, vocab_size, context_length, moe)
         self.head = nn.Linear(config.dim, outputs)
-        initialize(self.head, seed, head_rule)
+        initialize(self, seed, judge_rule)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]  # no next token
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Logits (B, outputs) of tokens (B, T), of which the first `lengths`, integers (B,), are real."""
         return self.head(self._last(tokens, lengths))
 
@@ -83,19 +81,14 @@ class SequenceClassifier(GPT):
         return {name: decay ** above(name) for name, _ in self.named_parameters()}
 
     def parameter_count(self, active: bool = False, embeddings: bool = True) -> int:
-        """Trainable parameters in closed form, see GPT.parameter_count."""
-        table = self.embed.num_embeddings * self.config.dim if embeddings else 0
-        head = self.head.out_features * (self.config.dim + 1)
-        return super().parameter_count(active, embeddings=False) + table + head
-
-    def flops_per_token(self) -> int:
-        """Matrix-product FLOPs of one forward pass for one token at full context; the head's are of a sequence."""
-        return super().flops_per_token() - 2 * self.embed.num_embeddings * self.config.dim
+        """Trainable parameters in closed form, see Trunk.parameter_count."""
+        return super().parameter_count(active, embeddings) + self.head.out_features * (self.config.dim + 1)
 
 
-def head_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """A head near zero, as fine-tuned encoders have it (classifier.py): its first gradients disturb little below it."""
-    if name.endswith("weight"):
+def judge_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """gpt_rule, and a head near zero, as fine-tuned encoders have it (classifier.py): its first gradients disturb
+    little in the layers under it."""
+    if name == f"{HEAD}weight":
         parameter.normal_(std=HEAD_STD, generator=generator)
     else:
-        parameter.zero_()
+        gpt_rule(module, name, parameter, generator)

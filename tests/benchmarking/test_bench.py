@@ -18,7 +18,7 @@ from moa_lightning.benchmarking.machine import QUICK, Machine, Setting
 from moa_lightning.benchmarking.timing import Effort, alternate, keep_freed_memory, rows
 from moa_lightning.benchmarking.traffic import bytes_per_token
 from moa_lightning.mixing import MixCoefficients
-from moa_lightning.models.gpt import LayerCache
+from moa_lightning.models.trunk import LayerCache
 from tests.cli.conftest import Moa
 from tests.cli.conftest import _alone as _alone
 from tests.cli.conftest import moa as moa  # the command in an empty folder

@@ -10,7 +10,7 @@ import torch
 from data.tokenizer import open_tokenizer, train_bpe
 from moa_lightning import FFNConfig
 from moa_lightning.exchange.hub_export import write_hub_folder
-from moa_lightning.models.gpt import GPT, GPTConfig
+from moa_lightning.models import GPT, GPTConfig
 from moa_lightning.moe import MoEConfig
 from moa_lightning.sampling import Sampling, continuation
 

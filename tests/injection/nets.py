@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moa_lightning import FFNConfig
 from moa_lightning.activations import DICTIONARY
-from moa_lightning.models.gpt import GPT, GPTConfig
+from moa_lightning.models import GPT, GPTConfig
 
 WIDE = (*DICTIONARY, "gelu_tanh", "quick_gelu")
 MOA = FFNConfig(mixing="moa", dictionary=WIDE)

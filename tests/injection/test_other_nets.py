@@ -12,7 +12,7 @@ from torch import nn
 from moa_lightning import FFNConfig, UserError
 from moa_lightning.injection import inject
 from moa_lightning.injection_adapters import activation_name
-from moa_lightning.models.gpt import GPT, GPTConfig
+from moa_lightning.models import GPT, GPTConfig
 from tests.injection.nets import BLOCKS, GATED_MOA, MOA, difference, gpt, ids, randomize, vit
 
 

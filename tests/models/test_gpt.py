@@ -7,7 +7,7 @@ import torch
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.models import GPT, GPTConfig
-from moa_lightning.models.gpt import Attention, rotary_table, rotate
+from moa_lightning.models.trunk import Attention, rotary_table, rotate
 from moa_lightning.sampling import Sampling
 from tests.models.nets import FFNS, PLACES, assert_same_where_shapes_agree, counted_flops, fragment, shake, start
 
