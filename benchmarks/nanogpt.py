@@ -11,6 +11,7 @@ not compiled) runs beside the compiled one.
 import argparse
 import json
 import os
+import pickle
 import runpy
 import shutil
 import statistics
@@ -21,7 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from turns import Program, Turn, measure
+import numpy as np
+from turns import Program, Turn, fit, measure
 
 HERE = Path(__file__).resolve().parent
 FILES = ("train.py", "model.py", "configurator.py")
@@ -62,13 +64,11 @@ def programs(options: Any, folder: Path) -> dict[str, Program]:
     if options.precision != "32-true" or options.compile:
         found["nanoGPT, stock for CPUs"] = nanogpt(options, folder / "stock", text, "32-true", False, threads)
     for ffn in options.ffn:
-        found[f"moa fit, {ffn}"] = ours(options, folder / ffn, text, ffn, threads)
+        found[f"moa fit, {ffn}"] = ours(options, folder / ffn, text, ffn)
     return found
 
 
 def nanogpt(options: Any, folder: Path, text: Path, precision: str, compiled: bool, threads: dict[str, str]) -> Program:
-    import numpy as np
-
     folder.mkdir()
     for name in FILES:
         shutil.copy(options.repo / name, folder)
@@ -97,21 +97,11 @@ def nanogpt(options: Any, folder: Path, text: Path, precision: str, compiled: bo
         "gradient_accumulation_steps": 1,
     }
     (folder / "settings.py").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
-    (folder / "data" / "bytes" / "meta.pkl").write_bytes(_vocabulary(256))
+    (folder / "data" / "bytes" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 256}))
     return Program([sys.executable, str(HERE / "nanogpt.py"), "run"], folder, threads)
 
 
-def _vocabulary(size: int) -> bytes:
-    import pickle
-
-    return pickle.dumps({"vocab_size": size})
-
-
-def ours(options: Any, folder: Path, text: Path, ffn: str, threads: dict[str, str]) -> Program:
-    root = HERE.parent
-    folder.mkdir()
-    (folder / "turns.yaml").write_text("trainer:\n  callbacks:\n  - class_path: take_turns.TakeTurns\n")
-    files = ("language/shakespeare_char", "data/text_90_10", f"ffn/{ffn}")
+def ours(options: Any, folder: Path, text: Path, ffn: str) -> Program:
     settings = {
         "data.source": text,
         "data.context_length": options.context,
@@ -123,18 +113,8 @@ def ours(options: Any, folder: Path, text: Path, ffn: str, threads: dict[str, st
         "model.ffn.hidden_ratio": 8 / 3 if "gated" in ffn or ffn == "swiglu" else 4,
         "model.compile": str(options.compile).lower(),
         "trainer.precision": options.precision,
-        "trainer.max_steps": 100_000,
-        "trainer.val_check_interval": 100_000,
-        "run_dir": folder / "run",
     }
-    command = [sys.executable, "-m", "moa_lightning.cli", "fit", "--import", "take_turns"]
-    for file in files:
-        command += ["-c", str(root / "configs" / f"{file}.yaml")]
-    command += ["-c", "turns.yaml"]
-    for name, value in settings.items():
-        command += [f"--{name}", str(value)]
-    paths = os.pathsep.join([str(root), str(HERE), os.environ.get("PYTHONPATH", "")])
-    return Program(command, folder, {**threads, "PYTHONPATH": paths})
+    return fit(("language/shakespeare_char", "data/text_90_10", f"ffn/{ffn}"), settings, folder, options.threads)
 
 
 def report(options: Any, seconds: dict[str, list[float]]) -> None:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+MANY = 100_000  # steps
 VARIABLE = "BENCHMARK_TURN"  # the two ends of the pipes that a program gets
 
 
@@ -71,6 +73,27 @@ class Program:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def fit(files: Sequence[str], settings: Mapping[str, object], folder: Path, threads: int) -> Program:
+    """`moa fit` that takes turns, with all its callbacks.
+
+    Args:
+        files: its configs, such as "language/gpt_tiny".
+        settings: options after them; by itself it validates and stops after more steps than any benchmark takes.
+        folder: made for it.
+    """
+    folder.mkdir()
+    (folder / "turns.yaml").write_text("trainer:\n  callbacks:\n  - class_path: take_turns.TakeTurns\n")
+    command = [sys.executable, "-m", "moa_lightning.cli", "fit", "--import", "take_turns"]
+    for file in files:
+        command += ["-c", str(ROOT / "configs" / f"{file}.yaml")]
+    command += ["-c", "turns.yaml"]
+    never = {"trainer.max_steps": MANY, "trainer.val_check_interval": MANY}
+    for name, value in {**never, **settings, "run_dir": folder / "run"}.items():
+        command += [f"--{name}", str(value)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    return Program(command, folder, {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths})
 
 
 def measure(programs: Mapping[str, Program], rounds: int, steps: int, warm_up: int = 5) -> dict[str, list[float]]:
