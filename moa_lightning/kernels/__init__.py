@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import reference
 from .choice import KERNELS, Kernel, traces
-from .common import Form, compute_dtype
+from .common import Form, compute_dtype, entry_axes
 from .compiled import Traced, compiler_works
 from .op import mix_op
 
@@ -64,6 +64,13 @@ def _mix(
 ) -> Tensor:
     if b is not None and (b.dtype != a.dtype or b.shape != a.shape):
         raise UserError(f"the branches of a gated mix are {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
+    for coefficients in (c,) if e is None else (c, e):
+        entries = (len(names),) * entry_axes(form)
+        if coefficients.shape not in (entries, (*a.shape[:-1], *entries)):
+            raise UserError(
+                f"coefficients of shape {tuple(coefficients.shape)} do not fit {len(names)} activations of a tensor "
+                f"{tuple(a.shape)}; give {entries} or {(*a.shape[:-1], *entries)}"
+            )
     dtype = compute_dtype(a, c, e)
     c, e = c.to(dtype), None if e is None else e.to(dtype)
     if kernel == "reference":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..activations import pointwise
 from . import blocked, formula
-from .common import Form, Gradients
+from .common import Form, Gradients, weighted
 
 
 def forward(a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tuple[str, ...], form: Form) -> Tensor:
@@ -51,7 +51,7 @@ def _mix(u: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
     v = u.to(c.dtype)
     total = torch.zeros_like(v)
     for k, name in enumerate(names):
-        total = total + _weighted(_value(name, v), c[..., k, None])
+        total = total + weighted(_value(name, v), c[..., k, None])
     return total
 
 
@@ -64,7 +64,7 @@ def _mix_backward(g: Tensor, u: Tensor, c: Tensor, names: tuple[str, ...]) -> tu
     dc = []
     for k, name in enumerate(names):
         value, derivative = _value_and_slope(name, v)
-        slope = slope + _weighted(derivative, c[..., k, None])
+        slope = slope + weighted(derivative, c[..., k, None])
         dc.append((g * value).sum(-1))
     return g * slope, torch.stack(dc, -1)
 
@@ -75,10 +75,6 @@ def _value(name: str, v: Tensor) -> Tensor:
 
 def _value_and_slope(name: str, v: Tensor) -> tuple[Tensor, Tensor]:
     return formula.traced(name, v) if formula.applies(name, v) else pointwise(name).value_and_derivative(v)
-
-
-def _weighted(value: Tensor, ck: Tensor) -> Tensor:
-    return torch.where(ck == 0, ck, ck * value)
 
 
 def _pairs(a: Tensor, b: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -96,10 +92,8 @@ def _pairs_backward(g: Tensor, a: Tensor, b: Tensor, c: Tensor, names: tuple[str
         grad_first = g * torch.matmul(c, _used(second, c, -2))  # (..., K, h)
         grad_second = g * torch.matmul(c.mT, _used(first, c, -1))
         dc = torch.matmul(g * first, second.mT)  # (..., K, K)
-    used_first = (c != 0).any(-1)[..., None]
-    used_second = (c != 0).any(-2)[..., None]
-    da = torch.where(used_first, grad_first * first_slope, 0.0).sum(-2)
-    db = torch.where(used_second, grad_second * second_slope, 0.0).sum(-2)
+    da = _used(grad_first * first_slope, c, -1).sum(-2)
+    db = _used(grad_second * second_slope, c, -2).sum(-2)
     return da.to(a.dtype), dc, db.to(b.dtype), None
 
 
@@ -110,5 +104,7 @@ def _activated(u: Tensor, c: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Te
 
 
 def _used(values: Tensor, c: Tensor, over: int) -> Tensor:
-    """Zero the rows whose coefficients are all 0, so that an overflow there does not become 0 · inf."""
-    return torch.where((c != 0).any(over)[..., None], values, 0.0)
+    """Zero the rows whose coefficients are all 0, so that an overflow there does not become 0 · inf; where autograd is
+    to follow, only what has overflowed, see common.weighted."""
+    kept = (c != 0).any(over)[..., None]
+    return torch.where(kept | values.isfinite() if torch.is_grad_enabled() else kept, values, 0.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..activations import pointwise
-from .common import Form
+from .common import Form, weighted
 
 
 def forward(a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tuple[str, ...], form: Form) -> Tensor:
@@ -25,8 +25,7 @@ def forward(a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tup
 def _mix(v: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
     total = torch.zeros_like(v)
     for k, name in enumerate(names):
-        ck = c[..., k, None]
-        total = total + torch.where(ck == 0, ck, ck * pointwise(name).function(v))
+        total = total + weighted(pointwise(name).function(v), c[..., k, None])
     return total
 
 
@@ -34,7 +33,6 @@ def _pairs(v: Tensor, w: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
     total = torch.zeros_like(v)
     for k, first in enumerate(names):
         for l, second in enumerate(names):  # noqa: E741
-            ckl = c[..., k, l, None]
             product = pointwise(first).function(v) * pointwise(second).function(w)
-            total = total + torch.where(ckl == 0, ckl, ckl * product)
+            total = total + weighted(product, c[..., k, l, None])
     return total

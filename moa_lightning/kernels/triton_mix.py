@@ -48,7 +48,8 @@ def forward(a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tup
         inputs, strides = _inputs(a, c, b, e, form)
         h, block, blocks = _blocks(a)
         grid = (len(inputs[0]), blocks)
-        _kernels().forward_kernel[grid](*inputs, y, h, *strides, NAMES=names, FORM=form, BLOCK=block, num_warps=4)
+        with torch.cuda.device_of(a):  # not the current device, where that is another one
+            _kernels().forward_kernel[grid](*inputs, y, h, *strides, NAMES=names, FORM=form, BLOCK=block, num_warps=4)
     return y
 
 
@@ -66,9 +67,10 @@ def backward(
         inputs, strides = _inputs(a, c, b, e, form)
         unused = inputs[0]  # an address for a gradient that the form does not have
         outputs = (da, unused if db is None else db, dc, dc if de is None else de)
-        _kernels().backward_kernel[(len(g), blocks)](
-            g, *inputs, *outputs, h, g.stride(0), *strides, NAMES=names, FORM=form, BLOCK=block, num_warps=4
-        )
+        with torch.cuda.device_of(a):
+            _kernels().backward_kernel[(len(g), blocks)](
+                g, *inputs, *outputs, h, g.stride(0), *strides, NAMES=names, FORM=form, BLOCK=block, num_warps=4
+            )
     axis = -1 - len(entries)
     return da, dc.sum(axis), db, None if de is None else de.sum(axis)
 

@@ -215,12 +215,13 @@ def test_a_coefficient_of_zero_hides_an_overflow_in_the_backward_pass(huge: floa
     torch.testing.assert_close(a.grad, 0.25 * torch.tanh(u.detach()))
 
 
-def test_a_coefficient_of_zero_still_gets_its_gradient() -> None:
+@KERNELS
+def test_a_coefficient_of_zero_still_gets_its_gradient(kernel: Kernel) -> None:
     u, c = randn(4, 5, seed=1), torch.zeros(4, 7, dtype=torch.float64, requires_grad=True)
-    mix(u, c, SEVEN).sum().backward()
+    mix(u, c, SEVEN, kernel=kernel).sum().backward()
     assert_close(c.grad, numpy_reference.stack(numpy_reference.FUNCTION, SEVEN, u.numpy()).sum(-1), 1e-12)
     a, square = leaf(4, 5, seed=2), torch.zeros(4, 3, 3, dtype=torch.float64, requires_grad=True)
-    mix_pairs(a, u, square, PAIRS).sum().backward()
+    mix_pairs(a, u, square, PAIRS, kernel).sum().backward()
     expected = numpy_reference.mix_pairs_gradient(
         a.detach().numpy(), u.numpy(), np.zeros((4, 3, 3)), PAIRS, np.ones((4, 5))
     )[2]
@@ -263,7 +264,11 @@ def test_autocast_does_not_reach_into_the_kernels() -> None:
         torch.testing.assert_close(under_autocast, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_second_derivatives() -> None:
+@pytest.mark.parametrize("zeros", [False, True], ids=["all in use", "zeros among the coefficients"])
+def test_second_derivatives(zeros: bool) -> None:
     a, b, c, square = leaf(2, 3, seed=1), leaf(2, 3, seed=2), leaf(2, 7, seed=3), leaf(2, 3, 3, seed=4)
+    if zeros:
+        with torch.no_grad():
+            c[:, 1:], square[:, 1], square[:, :, 0] = 0, 0, 0
     assert torch.autograd.gradgradcheck(lambda u, c: mix(u, c, SEVEN), (a, c))
     assert torch.autograd.gradgradcheck(lambda a, b, c: mix_pairs(a, b, c, PAIRS), (a, b, square))
