@@ -16,7 +16,7 @@ from statistics import fmean
 
 import numpy as np
 
-from .ratios import UNKNOWN, Kind, Measured, Ratio, ratio_over_seeds
+from .ratios import UNKNOWN, Kind, Measured, Ratio, mean_of, ratio_over_seeds
 from .statistics import CONFIDENCE
 from .traces import AXES, Trace
 
@@ -66,6 +66,8 @@ class SpeedUp:
     """How many times less of an axis a variant needs than the baseline to reach the targets."""
 
     axis: str
+    time: Measured  # of the variant to the targets, mean over seeds, in units of the axis
+    baseline_time: Measured
     speed_up: Ratio  # baseline's time over the variant's: above 1 the variant is faster
     reached: int  # seeds of the variant that arrive
     seeds: int
@@ -99,6 +101,8 @@ def speed_ups(
             mine, theirs = times
             result[axis] = SpeedUp(
                 axis,
+                mean_of(list(mine.values())),
+                mean_of(list(theirs.values())),
                 ratio_over_seeds(theirs, mine, confidence),
                 _arrivals(mine),
                 len(mine),

@@ -7,6 +7,8 @@ is partly decided by the results of others (tuned options, number of seeds): see
 grid_file.py.
 """
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -119,6 +121,18 @@ class Cluster:
     """of submitit's executor: timeout_min, slurm_partition, gpus_per_node, ..."""
 
 
+class Need(NamedTuple):
+    """A run that another one names in an option."""
+
+    placeholder: str
+    """{run:...}, as it stands there"""
+    task: str
+    variant: str
+    folder: Path
+    digest: str = ""
+    """of its fingerprint, so that a run on top of one that has changed has changed as well"""
+
+
 @dataclass(frozen=True)
 class Run:
     """One combination: a `moa fit` process with a folder of its own."""
@@ -136,8 +150,8 @@ class Run:
     """of a tuning run: the values that it tries, such as lr=0.002"""
     test_metric: str | None = None
     """what it must report on the test split"""
-    needs: tuple[tuple[str, Path], ...] = ()
-    """placeholder in the options -> folder of the run that it means, which must have finished before"""
+    needs: tuple[Need, ...] = ()
+    """runs of the same seed that must have finished before"""
 
     @property
     def name(self) -> str:
@@ -162,15 +176,21 @@ class Run:
     def _filled(self, value: str) -> str:
         """A value with the seed and the folders of other runs in the place of its placeholders."""
         value = value.replace(SEED, str(self.seed))
-        for placeholder, folder in self.needs:
-            value = value.replace(placeholder, str(folder))
+        for need in self.needs:
+            value = value.replace(need.placeholder, str(need.folder))
         return value
 
     def fingerprint(self) -> dict[str, str]:
-        """What decides the result, by part: order of the fragments, content of each, options, seed."""
+        """What decides the result, by part: order of the fragments, content of each, options, seed, the runs named."""
         contents = {config.name: config.digest for config in self.configs}
         order = " ".join(config.name for config in self.configs)
-        return {"order of configs": order, "seed": str(self.seed), **contents, **dict(self.options)}
+        needs = {need.placeholder: need.digest for need in self.needs}
+        return {"order of configs": order, "seed": str(self.seed), **contents, **dict(self.options), **needs}
+
+    @property
+    def digest(self) -> str:
+        """Hash of the fingerprint."""
+        return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -217,6 +237,20 @@ class Grid:
         options = {**self.overrides, **task.overrides, **variant.overrides}
         return {option: value.replace(VARIANT, variant.name) for option, value in options.items()}
 
+    def named_by(self, task: GridTask) -> list[GridTask]:
+        """The tasks whose runs name runs of this one."""
+        beginning = f"{task.name}/"
+        return [
+            other
+            for other in self.tasks
+            if any(
+                name.startswith(beginning)
+                for variant in self.variants
+                for value in self.options(other, variant).values()
+                for name in OTHER_RUN.findall(value)
+            )
+        ]
+
     def run(
         self, task: GridTask, variant: GridVariant, seed: int, more: Mapping[str, str], setting: str | None = None
     ) -> Run:
@@ -239,7 +273,10 @@ class Grid:
             metric=task.metric,
             setting=setting,
             test_metric=None if setting else task.test_metric,
-            needs=tuple((f"{{run:{name}}}", self.out.joinpath(*_path(name, task.name), *parts)) for name in named),
+            needs=tuple(
+                Need(f"{{run:{name}}}", *_path(name, task.name), self.out.joinpath(*_path(name, task.name), *parts))
+                for name in named
+            ),
         )
 
 

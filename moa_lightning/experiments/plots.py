@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
 
 from moa_lightning.experiments.grid import Grid, GridTask, Run
-from moa_lightning.experiments.traces import AXES, Band, Trace, band, read_trace
+from moa_lightning.experiments.traces import AXES, Band, Trace, band, have_range, read_trace
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # for more variants than colours
@@ -65,12 +65,17 @@ def svg(figure: Figure) -> bytes:
 def axes_figure(task: GridTask, traces: Traces, order: Sequence[str]) -> Figure:
     """The metric against everything that all of the runs have counted: steps, tokens or samples, FLOPs, seconds."""
     counted = [name for name in AXES if all(name in t.axes for seeds in traces.values() for t in seeds.values())]
-    names = [name for name in counted if name != "samples" or "tokens" not in counted]
+    names = [
+        name
+        for name in counted
+        if (name != "samples" or "tokens" not in counted) and any(have_range(seeds, name) for seeds in traces.values())
+    ]
     figure = Figure(figsize=(11, 3.6 * math.ceil(len(names) / 2)), dpi=DOTS_PER_INCH, layout="constrained")
     panels = np.atleast_1d(figure.subplots(math.ceil(len(names) / 2), 2, sharey=True)).ravel()
     for axes, name in zip(panels, names, strict=False):
         for variant, seeds in traces.items():
-            _draw(axes, band(seeds, name), *_look(order, variant), label=variant)
+            if have_range(seeds, name):
+                _draw(axes, band(seeds, name), *_look(order, variant), label=variant)
         _style(axes, 0.0, AXIS_LABELS[name])
     for axes in panels[len(names) :]:
         axes.set_visible(False)
@@ -104,7 +109,8 @@ def rates_figure(task: GridTask, option: str, losses: Mapping[str, Mapping[float
             axes.plot([value] * len(kept), kept, ".", color=colour, markersize=5)
             if len(kept) < len(points):
                 axes.plot([value], [1.0], "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
-    axes.set_xscale("log")
+    if min(value for found in losses.values() for value in found) > 0:
+        axes.set_xscale("log")
     _style(axes, None, option)
     axes.xaxis.set_major_locator(FixedLocator(sorted({v for found in losses.values() for v in found})))
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -123,7 +129,8 @@ def _overview(task: GridTask, traces: Traces, grid: Grid) -> Figure:
     for variant, seeds in traces.items():
         look = _look(order, variant)
         _draw(by_steps, bands[variant], *look, label=variant)
-        _draw(by_seconds, band(seeds, "seconds"), *look)
+        if have_range(seeds, "seconds"):
+            _draw(by_seconds, band(seeds, "seconds"), *look)
         _draw(at_end, bands[variant], *look)
     last = _last(bands.values())
     for axes, start, label in (

@@ -2,9 +2,9 @@
 
 Losses are looked at over the logarithm of the rate. The best rate is the minimum of the parabola through the lowest
 measured point and its two neighbours; the basin holds the rates around the lowest point whose loss, interpolated
-linearly between neighbours, stays within `delta` of it. A rate at which a run diverged counts as an infinite loss, so
-the basin ends at the last rate that did not. At an end of the grid nothing lies beyond to compare with: an optimum or
-a basin's edge there is a bound ("at least", "at most"), and a ratio built on it is one as well.
+linearly between neighbours, stays within `delta` of it. At an end of the grid nothing lies beyond to compare with, and
+beside a rate at which a run diverged nothing is known of the way there: an optimum or a basin's edge in such a place is
+a bound ("at least", "at most"), and a ratio built on it is one as well.
 
 The claim under test ([S] of arXiv 2605.26647: MoA holds a peak rate 1.5-2 times the baseline's) is about
 `Sensitivity.highest`, the largest tolerable rate, and `Sensitivity.optimum`.
@@ -35,10 +35,10 @@ class Sensitivity:
 
     @property
     def at_edge(self) -> str:
-        """ "", or what to say of an optimum at an end of the grid."""
+        """ "", or what to say of an optimum at an end of the grid, or beside a rate that diverged."""
         if self.optimum.kind is Kind.AT_LEAST:
-            return "the best rate is the highest tried: try higher ones"
-        return "the best rate is the lowest tried: try lower ones" if self.optimum.kind is Kind.AT_MOST else ""
+            return "the best rate is the highest that worked: try higher ones"
+        return "the best rate is the lowest that worked: try lower ones" if self.optimum.kind is Kind.AT_MOST else ""
 
 
 def sensitivity(losses: Mapping[float, float], delta: float, mode: str = "min") -> Sensitivity:
@@ -74,8 +74,9 @@ def sensitivity(losses: Mapping[float, float], delta: float, mode: str = "min") 
 def _optimum(x: np.ndarray, values: np.ndarray, at: int) -> Measured:
     if at in (0, len(x) - 1):
         return Measured(math.exp(x[at]), Kind.AT_MOST if at == 0 else Kind.AT_LEAST)
-    if np.isinf(values[at - 1 : at + 2]).any():
-        return Measured(math.exp(x[at]))
+    before, after = np.isinf(values[[at - 1, at + 1]])
+    if before or after:  # no parabola, and the optimum may lie anywhere on the way to the rate that diverged
+        return UNKNOWN if before and after else Measured(math.exp(x[at]), Kind.AT_MOST if before else Kind.AT_LEAST)
     left, right = x[at - 1] - x[at], x[at + 1] - x[at]
     # the parabola through the points (left, a), (0, 0), (right, b)
     a, b = values[at - 1] - values[at], values[at + 1] - values[at]
@@ -92,8 +93,9 @@ def _edge(x: np.ndarray, values: np.ndarray, at: int, step: int, delta: float) -
     while 0 <= here + step < len(x):
         following = here + step
         if values[following] > limit:
-            rise = values[following] - values[here]
-            share = 0.0 if math.isinf(rise) else (limit - values[here]) / rise
+            if math.isinf(values[following]):
+                break
+            share = (limit - values[here]) / (values[following] - values[here])
             return Measured(math.exp(x[here] + share * (x[following] - x[here])))
         here = following
     return Measured(math.exp(x[here]), Kind.AT_LEAST if step > 0 else Kind.AT_MOST)

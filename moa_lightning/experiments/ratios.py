@@ -3,13 +3,14 @@
 A run that never reaches a target, or whose best learning rate is the grid's last, still says something: "longer than
 this", "at least that". Dropping such seeds would keep the fortunate ones and bias the answer; so each quantity is
 measured with the kind of knowledge that it is, and kinds are carried into the ratio. A t interval of the mean log ratio
-is given only where every seed is exact; else the answer is a bound of the geometric mean, or nothing.
+is given only where every seed is exact and they differ; else the answer is a bound of the geometric mean, or nothing.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from statistics import fmean
 
 from .statistics import CONFIDENCE, compare
 
@@ -37,6 +38,7 @@ class Measured:
 
 
 UNKNOWN = Measured(math.nan, Kind.UNKNOWN)
+_KINDS: dict[tuple[int, ...], Kind] = {(): Kind.EXACT, (1,): Kind.AT_LEAST, (-1,): Kind.AT_MOST}
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,20 @@ def over(top: Measured, bottom: Measured) -> Measured:
     directions = {_direction(top.kind), -_direction(bottom.kind)} - {0}
     if len(directions) > 1:
         return UNKNOWN
-    kind = {(): Kind.EXACT, (1,): Kind.AT_LEAST, (-1,): Kind.AT_MOST}[tuple(directions)]
-    return Measured(top.value / bottom.value, kind)
+    return Measured(top.value / bottom.value, _KINDS[tuple(directions)])
 
 
 def _direction(kind: Kind) -> int:
     """1 where the truth may lie above the value, -1 below, 0 for an exact one."""
     return {Kind.AT_LEAST: 1, Kind.AT_MOST: -1}.get(kind, 0)
+
+
+def mean_of(quantities: Sequence[Measured]) -> Measured:
+    """The arithmetic mean, as exactly as its parts are known."""
+    directions = {_direction(quantity.kind) for quantity in quantities} - {0}
+    if not quantities or len(directions) > 1 or any(quantity.kind is Kind.UNKNOWN for quantity in quantities):
+        return UNKNOWN
+    return Measured(fmean(quantity.value for quantity in quantities), _KINDS[tuple(directions)])
 
 
 def ratio_over_seeds(
@@ -93,6 +102,9 @@ def ratio_over_seeds(
         return Ratio(len(seeds), Measured(mean, kind), math.nan, math.nan, inexact, words)
     if len(seeds) == 1:
         return Ratio(1, Measured(mean), math.nan, math.nan, 0, "one seed: no interval")
+    if paired.sd == 0 and paired.mean != 0:  # as rates of a grid easily are
+        words = f"the same ratio on all {len(seeds)} seeds: no interval"
+        return Ratio(len(seeds), Measured(mean), math.nan, math.nan, 0, words)
     low, high = math.exp(paired.low), math.exp(paired.high)
     words = "no difference shown" if low <= 1 <= high else "larger" if low > 1 else "smaller"
     return Ratio(len(seeds), Measured(mean), low, high, 0, words)

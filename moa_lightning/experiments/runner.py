@@ -7,7 +7,7 @@ task does not report, a config file edited while the grid runs.
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -63,8 +63,8 @@ class Sizes:
         self.path = grid.out / "sizes.json"
         self.known = sizes.read_sizes(self.path)
 
-    def __call__(self, task: GridTask, variant: GridVariant) -> Size:
-        run = self.grid.run(task, variant, 0, {})
+    def __call__(self, task: GridTask, variant: GridVariant, more: Mapping[str, str]) -> Size:
+        run = self.grid.run(task, variant, 0, more)
         key = sizes.size_key(run)
         if key not in self.known:
             self.known[key] = worker.ask(self.question, run.config_arguments())
@@ -156,13 +156,14 @@ class _Work:
     def ready(self, runs: Sequence[Run]) -> list[Run]:
         """Those whose options name no run that has not finished."""
         done = {run.folder for run in self.finished}
-        return [run for run in runs if all(folder in done for _, folder in run.needs)]
+        return [run for run in runs if all(need.folder in done for need in run.needs)]
 
     def left(self, failures: Sequence[Failure]) -> list[Failure]:
         """The runs that cannot begin, because one that they name has failed."""
         done = {run.folder for run in self.finished}
         missing = {
-            run: next(folder for _, folder in run.needs if folder not in done) for run in self.waiting([], failures)
+            run: next(need.folder for need in run.needs if need.folder not in done)
+            for run in self.waiting([], failures)
         }
         return [
             Failure(run, f"not begun: it needs {folder}, which has not finished") for run, folder in missing.items()

@@ -12,15 +12,15 @@ comes to the same runs again.
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments.grid import Budget, Grid, GridTask, GridVariant, Run
 from moa_lightning.experiments.sizes import Size
 
-Measure = Callable[[GridTask, GridVariant], Size]
+Measure = Callable[[GridTask, GridVariant, Mapping[str, str]], Size]
 Value = Callable[[Run], float | None]  # the deciding metric of a finished run, None before it has finished
 
 
@@ -37,12 +37,22 @@ class Choice:
     """options whose chosen value is the first or last of its list: better ones may lie beyond"""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a pilot says about the number of seeds."""
+
+    sd: float
+    """of a paired difference"""
+    needed: int
+    """seeds that show the task's effect with the wanted power; the grid's `most` may be fewer"""
+
+
 @dataclass
 class Schedule:
     """The runs of a grid.
 
     Args:
-        measure: parameters and FLOPs of a combination, asked where a budget depends on them.
+        measure: parameters and FLOPs of a combination with more options, asked where a budget depends on them.
         value: looks up the result of a run: of tuning runs the validation metric, of final runs the one that decides.
     """
 
@@ -65,9 +75,11 @@ class Schedule:
     def tuning_run(self, task: GridTask, variant: GridVariant, setting: Mapping[str, str], seed: int) -> Run:
         """The run that tries one setting of the tuned options."""
         assert self.grid.tuning is not None
-        length = self.length(task, variant, self.grid.tuning.budget or task.budget)
-        more = {**length, **self.grid.tuning.overrides, **setting}
-        return self.grid.run(task, variant, seed, more, setting_name(setting))
+        own = {**self.grid.tuning.overrides, **setting}
+        length = self.length(task, variant, self.grid.tuning.budget or task.budget, own)
+        run = self.grid.run(task, variant, seed, {**length, **own}, setting_name(setting))
+        others = [self.tuning_run(task, self._variant(need.variant), setting, seed) for need in run.needs]
+        return _on_top_of(run, others)  # a task that is tuned names its own runs only
 
     def choice(self, task: GridTask, variant: GridVariant) -> Choice | None:
         """The best setting, None while runs that decide it are missing."""
@@ -89,14 +101,23 @@ class Schedule:
         choice = self.choice(task, variant)
         if choice is None:
             return None
-        more = {**self.length(task, variant, task.budget), **choice.options}
-        return self.grid.run(task, variant, seed, more)
+        more = {**self.length(task, variant, task.budget, choice.options), **choice.options}
+        run = self.grid.run(task, variant, seed, more)
+        tasks = {task.name: task for task in self.grid.tasks}
+        others = [self.final_run(tasks[need.task], self._variant(need.variant), seed) for need in run.needs]
+        known = [other for other in others if other is not None]
+        return _on_top_of(run, known) if len(known) == len(others) else None
 
-    def length(self, task: GridTask, variant: GridVariant, budget: Budget | None) -> dict[str, str]:
-        """The options that make a run as long as its budget says."""
+    def _variant(self, name: str) -> GridVariant:
+        return next(variant for variant in self.grid.variants if variant.name == name)
+
+    def length(
+        self, task: GridTask, variant: GridVariant, budget: Budget | None, more: Mapping[str, str]
+    ) -> dict[str, str]:
+        """The options that make a run with `more` options as long as its budget says."""
         if budget is None:
             return {}
-        steps = budget_steps(budget, self.measure, task, variant)
+        steps = budget_steps(budget, self.measure, task, variant, more)
         rhythm = (
             {}
             if budget.validations is None
@@ -105,33 +126,53 @@ class Schedule:
         return {"trainer.max_steps": str(steps), **rhythm}
 
     def seeds(self, task: GridTask) -> tuple[int, ...]:
-        """Seeds of a task's final runs; the pilot's until the pilot has finished."""
+        """Seeds of a task's final runs; the pilot's until the pilot has finished. A task that names this one's runs has
+        no seeds beside them."""
+        own = self._own_seeds(task)
+        return max([own, *(self.seeds(other) for other in self.grid.named_by(task))], key=len)
+
+    def _own_seeds(self, task: GridTask) -> tuple[int, ...]:
         seeds = self.grid.seeds
         if seeds.most == len(seeds.pilot):
             return seeds.pilot
-        metrics: dict[str, dict[int, float]] = {}
-        for variant in self.grid.variants:
-            values = {seed: self._final_value(task, variant, seed) for seed in seeds.pilot}
-            if None in values.values():
-                return seeds.pilot
-            metrics[variant.name] = {seed: value for seed, value in values.items() if value is not None}
-        return seeds.first(min(self._needed(task, metrics), seeds.most))
+        metrics = self._pilot_metrics(task)
+        if metrics is None:
+            return seeds.pilot
+        plan = self._plan(task, metrics)
+        return seeds.pilot if plan is None else seeds.first(min(max(plan.needed, len(seeds.pilot)), seeds.most))
 
-    def _needed(self, task: GridTask, metrics: Mapping[str, Mapping[int, float]]) -> int:
+    def plan(self, task: GridTask) -> Plan | None:
+        """What the pilot says about the number of seeds; None without a pilot, or where it has not finished or tells
+        nothing (fewer than two variants with finite values, no spread)."""
+        seeds = self.grid.seeds
+        if seeds.most == len(seeds.pilot) or (metrics := self._pilot_metrics(task)) is None:
+            return None
+        return self._plan(task, metrics)
+
+    def _plan(self, task: GridTask, metrics: Mapping[str, Mapping[int, float]]) -> Plan | None:
         """Seeds that show a difference of the task's effect, by the spread in the pilot; variants that diverge on a
         seed tell nothing about it."""
-        from moa_lightning.experiments.power import pilot_of_grid, seeds_after_pilot  # scipy takes a second
+        from moa_lightning.experiments.power import MOST_SEEDS, pilot_of_grid, seeds_after_pilot  # scipy takes a second
 
         finite = {name: found for name, found in metrics.items() if all(map(math.isfinite, found.values()))}
-        least = len(self.grid.seeds.pilot)
         if len(finite) < 2 or (pilot := pilot_of_grid(finite)).sd == 0:
-            return least
+            return None
         assert task.effect is not None  # grid_file.py asks for it
         try:
             needed = seeds_after_pilot(task.effect, pilot, target=self.grid.seeds.power, comparisons=self.grid.claims)
         except UserError:  # beyond all bounds
-            return self.grid.seeds.most
-        return max(least, needed)
+            needed = MOST_SEEDS
+        return Plan(pilot.sd, needed)
+
+    def _pilot_metrics(self, task: GridTask) -> dict[str, dict[int, float]] | None:
+        """variant -> seed -> metric of the pilot's runs, None before all of them have finished."""
+        metrics: dict[str, dict[int, float]] = {}
+        for variant in self.grid.variants:
+            values = {seed: self._final_value(task, variant, seed) for seed in self.grid.seeds.pilot}
+            if None in values.values():
+                return None
+            metrics[variant.name] = {seed: value for seed, value in values.items() if value is not None}
+        return metrics
 
     def _final_value(self, task: GridTask, variant: GridVariant, seed: int) -> float | None:
         run = self.final_run(task, variant, seed)
@@ -174,15 +215,23 @@ def setting_name(setting: Mapping[str, str]) -> str:
     return re.sub(r"[^A-Za-z0-9._+=,-]", "_", text)
 
 
-def budget_steps(budget: Budget, measure: Measure, task: GridTask, variant: GridVariant) -> int:
-    """Optimiser steps that come nearest to a budget, at least 1.
+def _on_top_of(run: Run, others: Sequence[Run]) -> Run:
+    """A run with the digests of those that it names."""
+    needs = (need._replace(digest=other.digest) for need, other in zip(run.needs, others, strict=True))
+    return replace(run, needs=tuple(needs))
+
+
+def budget_steps(
+    budget: Budget, measure: Measure, task: GridTask, variant: GridVariant, more: Mapping[str, str]
+) -> int:
+    """Optimiser steps that come nearest to a budget, at least 1, of a run with `more` options.
 
     steps · samples a step = samples;  · tokens a sample = tokens;  · FLOPs a sample (forward and backward) = flops;
     tokens per parameter counts all trained parameters, embeddings too.
     """
     if budget.unit == "steps":
         return max(1, round(budget.amount))
-    size = measure(task, variant)
+    size = measure(task, variant, more)
     return max(1, round(budget.amount / size.per_step(budget.unit)))
 
 

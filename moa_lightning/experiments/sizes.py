@@ -46,8 +46,8 @@ class Size:
 
 
 def size_key(run: Run) -> str:
-    """Names a combination, whatever its seed."""
-    parts = {key: value for key, value in run.fingerprint().items() if key != "seed"}
+    """Names a combination, whatever its seed and its optimiser, on which no size depends."""
+    parts = {key: value for key, value in run.fingerprint().items() if key != "seed" and ".optimizer." not in key}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -12,18 +12,20 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from moa_lightning.errors import UserError
-from moa_lightning.experiments.grid import Grid, Run
+from moa_lightning.experiments.grid import Grid, Run, Seeds
 from moa_lightning.run_folder import RESULT, TEST, last_checkpoint
 
-RECORD = "run.json"  # what a run is and how it is run, written before it starts
+RECORD = "run.json"  # what a run is and how it is run, written each time before it starts
 DIVERGED = "diverged.json"  # in place of a result
-GRID = ".grid"  # folder in a grid's folder, with a copy of its file
+GRID = ".grid"  # folder in a grid's folder, with a copy of its file and its seeds
+SEEDS = "seeds.json"
+GRID_LOCK, RUNS_LOCK = ".lock", ".runs.lock"
 LOCK_PATIENCE_SECONDS = 10.0  # runs of a killed grid need a moment to end
 
 
@@ -82,7 +84,7 @@ def survey(runs: Sequence[Run], allow_changed: bool = False) -> dict[Run, State]
         parts = ", ".join(differences(changed[0]))
         raise UserError(
             f"{len(changed)} of {len(states)} runs were made with another configuration (first: {changed[0].folder}, "
-            f"different in {parts}): choose another `out`, or pass --restart-changed to repeat them."
+            f"different in {parts}): choose another `out`, or pass --restart-changed to `moa ablate` to repeat them."
         )
     for run, state in states:
         if state is State.FINISHED:
@@ -125,16 +127,18 @@ def _numbers(metrics: dict[str, float | None]) -> dict[str, float]:
 
 
 def prepare(run: Run, resume: bool) -> None:
-    """Make the folder ready: as it is for a continuation, else empty but for the record of what is run."""
-    if resume:
-        return
-    if run.folder.exists():
+    """Make the folder ready: as it is for a continuation, else empty, with the record of what is run."""
+    if run.folder.exists() and not resume:
         discarded = run.folder.with_name(f".discarded-{run.folder.name}")
         shutil.rmtree(discarded, ignore_errors=True)
         run.folder.rename(discarded)  # first, so that a kill while deleting leaves no half-empty run
         shutil.rmtree(discarded)
-    run.folder.mkdir(parents=True)
-    record = {"fingerprint": run.fingerprint(), "fit": run.arguments()}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "fingerprint": run.fingerprint(),
+        "configs": {str(config.path): config.digest for config in run.configs},
+        "fit": run.arguments(),
+    }
     if run.test_metric is not None:
         record["test"] = run.test_arguments()
     draft = run.folder.with_name(f".{run.folder.name}.json")
@@ -143,32 +147,53 @@ def prepare(run: Run, resume: bool) -> None:
 
 
 def keep_file(grid: Grid) -> None:
-    """Keep a copy of the grid file in the grid's folder, for reports on the folder."""
+    """Keep a copy of the grid file and the seeds, which the command line may have named, for reports on the folder."""
     if grid.file is None:
         return
     folder = grid.out / GRID
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         path.unlink()
+    (folder / SEEDS).write_text(json.dumps(asdict(grid.seeds)))
     shutil.copyfile(grid.file, folder / grid.file.name)
 
 
 def kept_file(out: Path) -> Path | None:
     """That copy; None where the folder is no grid's."""
-    return next(iter(sorted((out / GRID).glob("*"))), None)
+    return next((path for path in sorted((out / GRID).glob("*")) if path.name != SEEDS), None)
+
+
+def kept_seeds(out: Path) -> Seeds | None:
+    """The seeds with which a grid in that folder was started last; None where it has not been."""
+    path = out / GRID / SEEDS
+    if not path.is_file():
+        return None
+    kept = _read_json(path)
+    return Seeds(tuple(kept["pilot"]), kept["most"], kept["power"])
 
 
 def lock(out: Path) -> int:
     """Claim a grid's folder; returns a descriptor that holds the claim until closed.
 
-    Each run shares the claim (`share_lock`), so a folder stays taken while runs of a killed grid are still ending.
+    A second lock is shared by the runs (`share_lock`): a folder stays taken while runs of a killed grid are ending.
     """
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     give_up = time.monotonic() + LOCK_PATIENCE_SECONDS
+    claim = _claimed(out, GRID_LOCK, give_up)
+    try:
+        os.close(_claimed(out, RUNS_LOCK, give_up))
+    except UserError:
+        os.close(claim)
+        raise
+    return claim
+
+
+def _claimed(out: Path, name: str, give_up: float) -> int:
+    descriptor = os.open(out / name, os.O_RDWR | os.O_CREAT)
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
         except BlockingIOError:
             if time.monotonic() > give_up:
                 os.close(descriptor)
@@ -176,14 +201,11 @@ def lock(out: Path) -> int:
                     f"another `moa ablate` is at work in {out}: wait for it or choose another `out`."
                 ) from None
             time.sleep(0.1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            return descriptor
 
 
 def share_lock(out: Path) -> int:
     """Keep a grid's folder claimed from within a run."""
-    descriptor = os.open(out / ".lock", os.O_RDWR)
+    descriptor = os.open(out / RUNS_LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
 

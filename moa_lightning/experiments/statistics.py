@@ -24,6 +24,7 @@ from moa_lightning.errors import UserError
 CONFIDENCE = 0.95
 ALPHA = 0.05  # chance of any false claim in a family
 LEAST_FOR_BOOTSTRAP = 10
+RESOLUTION = 1e-6  # of a metric, relative: results are float32
 SPEED_RUN_SD = 0.0013  # of one run's loss, assumed by modded-nanogpt's rule
 SPEED_RUN_STEP = 0.004  # its threshold, at that standard deviation
 
@@ -42,6 +43,7 @@ class Paired:
     t: float  # mean over its standard error; infinite where all differences are equal
     p: float  # two-sided
     verdict: str  # in words
+    differences: tuple[float, ...] = ()  # by seed, in their order
 
 
 def compare(
@@ -53,6 +55,8 @@ def compare(
         variant, baseline: seed -> metric.
         mode: "min" where less is better, "max" where more is.
         confidence: of the two-sided interval.
+
+    Differences that are equal but for the rounding of float32 metrics have sd 0.
     """
     seeds = sorted(variant.keys() & baseline.keys())
     pairs = [variant[seed] - baseline[seed] for seed in seeds]
@@ -65,11 +69,16 @@ def compare(
     if n == 1:
         return _without_interval(1, pairs[0], "one seed: no interval")
     mean, sd = fmean(pairs), stdev(pairs)
+    noise = RESOLUTION * max(abs(value) for side in (variant, baseline) for value in (side[seed] for seed in seeds))
+    if sd <= noise:  # rounding alone: counts of as many more images, as percentages
+        mean, sd = 0.0 if abs(mean) <= noise else mean, 0.0
     error = sd / math.sqrt(n)
     half = float(student.ppf((1 + confidence) / 2, n - 1)) * error
     statistic = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
     p = float(2 * student.sf(abs(statistic), n - 1))
-    return Paired(n, mean, sd, mean - half, mean + half, statistic, p, _verdict(mean - half, mean + half, mode))
+    return Paired(
+        n, mean, sd, mean - half, mean + half, statistic, p, _verdict(mean - half, mean + half, mode), tuple(pairs)
+    )
 
 
 def _without_interval(n: int, mean: float, verdict: str) -> Paired:

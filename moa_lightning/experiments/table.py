@@ -7,7 +7,7 @@ more would be noise.
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -21,9 +21,10 @@ from moa_lightning.experiments.grid import Grid, GridTask, Run
 from moa_lightning.experiments.power import POWER, detectable_effect, seeds_needed
 from moa_lightning.experiments.schedule import Choice, Schedule, setting_name
 from moa_lightning.experiments.state import Result, State
-from moa_lightning.experiments.statistics import CONFIDENCE, Judged, Paired, compare, judge_family
+from moa_lightning.experiments.statistics import CONFIDENCE, Judged, Paired, bootstrap_interval, compare, judge_family
 
 FOLDED = ("difference", "verdict")  # columns that a narrow terminal breaks into lines
+UNDECIDED = "not decided"  # before all seeds have finished: looking early and often would claim more than 5 %
 RIGHT = ("parameters", "seconds", "detectable", "p", "seeds")
 NOTE = (
     "↓ less is better, ↑ more is better; mean ± sd: over seeds; seconds: median training time of a run; difference: "
@@ -86,20 +87,25 @@ def make_rows(schedule: Schedule, results: Mapping[Run, Result]) -> list[Row]:
     judged = judge_family(compared, {name: modes[name] for name in compared})
     rows = []
     for task in grid.tasks:
+        wanted = len(schedule.seeds(task))
         for variant in sorted(grid.variants, key=lambda variant: variant.name != grid.baseline):
             found = [result for run, result in finals.items() if (run.task, run.variant) == (task.name, variant.name)]
             values = [result.metrics[task.final_metric] for result in found]
+            seconds = [result.seconds for result in found if not result.diverged]
             difference = judged.get((task.name, variant.name))
+            if difference is not None and difference.paired.n < wanted:
+                undecided = f"{UNDECIDED}: {difference.paired.n} of {wanted} pairs"
+                difference = replace(difference, p_adjusted=math.nan, verdict=undecided)
             rows.append(
                 Row(
                     task=task,
                     variant=variant.name,
                     n=len(values),
-                    wanted=len(schedule.seeds(task)),
+                    wanted=wanted,
                     mean=fmean(values) if values else math.nan,
                     sd=stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan,
                     parameters=next((result.parameters for result in found if result.parameters is not None), None),
-                    seconds=median(result.seconds for result in found) if found else math.nan,
+                    seconds=median(seconds) if seconds else math.nan,
                     against=grid.against(variant),
                     difference=difference,
                     detectable=_detectable(difference),
@@ -196,6 +202,7 @@ def _record(row: Row) -> dict[str, object]:
     judged = row.difference
     fields = ("mean", "low", "high", "sd", "t", "p")
     compared = {f"difference_{name}": getattr(judged.paired, name) if judged else "" for name in fields}
+    described = bootstrap_interval(judged.paired.differences) if judged else None
     return {
         "task": row.task.name,
         **row.task.axes,
@@ -210,6 +217,8 @@ def _record(row: Row) -> dict[str, object]:
         "seconds_median": row.seconds,
         "against": "" if judged is None else row.against,
         **compared,
+        "bootstrap_low": "" if described is None else described[0],
+        "bootstrap_high": "" if described is None else described[1],
         "pairs": judged.paired.n if judged else "",
         "p_adjusted": judged.p_adjusted if judged else "",
         "family": judged.family if judged else "",

@@ -75,6 +75,12 @@ class Band:
     seeds: int
 
 
+def have_range(traces: Mapping[int, Trace], axis: str) -> bool:
+    """Whether all seeds were somewhere on an axis at once: single points in seconds never are."""
+    xs = [trace.axis(axis) for trace in traces.values()]
+    return max(x[0] for x in xs) <= min(x[-1] for x in xs)
+
+
 def band(traces: Mapping[int, Trace], axis: str, points: int = 200, confidence: float = CONFIDENCE) -> Band:
     """Join seeds where all of them have been.
 
@@ -89,7 +95,7 @@ def band(traces: Mapping[int, Trace], axis: str, points: int = 200, confidence: 
         raise UserError("a band of curves needs one finished seed or more")
     xs = [trace.axis(axis) for trace in traces.values()]
     start, end = max(x[0] for x in xs), min(x[-1] for x in xs)
-    if start > end:
+    if not have_range(traces, axis):
         raise UserError(f"the seeds' curves have no range of {axis} in common")
     if all(np.array_equal(x, xs[0]) for x in xs):
         x = xs[0]

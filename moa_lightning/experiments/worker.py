@@ -23,6 +23,7 @@ from typing import Any
 
 from moa_lightning.errors import Diverged, UserError
 from moa_lightning.experiments.grid import Run
+from moa_lightning.experiments.grid_file import digest
 from moa_lightning.experiments.state import DIVERGED, RECORD, last_line, share_lock
 from moa_lightning.run_folder import RESULT, TEST
 
@@ -99,8 +100,15 @@ def _answer(sender: Connection, question: Callable[[list[str]], Any], arguments:
 
 
 def execute(folder: Path, fit: Fit) -> int:
-    """Do what the record of a run says: train it, or go on training, then test it once. Returns the exit status."""
+    """Do what the record of a run says: train it, or go on training, then test it once. Returns the exit status.
+
+    A job of a batch system may begin hours after it was sent there, so the config files are looked at again.
+    """
     record = json.loads((folder / RECORD).read_text())
+    for path, known in record["configs"].items():
+        if digest(Path(path)) != known:
+            print(f"{path} was edited since the grid began: undo it, or start the grid again under another `out`.")
+            return UserError.exit_code
     if not (folder / RESULT).is_file() and (status := _command(record["fit"], fit)):
         if status == Diverged.exit_code:
             (folder / DIVERGED).write_text(json.dumps({"message": last_line(folder / "log.txt")}))

@@ -39,7 +39,7 @@ def make_report(what: Path) -> tuple[Report, Path]:
     from ..configs import resolve_config
     from ..experiments.grid_file import load_grid
     from ..experiments.runner import make_schedule
-    from ..experiments.state import kept_file
+    from ..experiments.state import kept_file, kept_seeds
     from .grid import grid_report
     from .run import run_report
 
@@ -49,6 +49,7 @@ def make_report(what: Path) -> tuple[Report, Path]:
     grid = load_grid(file, resolve_config)
     if what.is_dir():
         grid = replace(grid, out=what)
+        grid = replace(grid, seeds=kept_seeds(what) or grid.seeds)
     elif not grid.out.is_dir():
         raise UserError(f"{grid.out} does not exist yet; run moa ablate {what} first")
     return grid_report(make_schedule(grid)), grid.out

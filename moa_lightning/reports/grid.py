@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from ..experiments.convergence import final_by_seed, speed_ups
 from ..experiments.grid import Grid, GridTask, Run
 from ..experiments.plots import axes_figure, rates_figure, read_traces, svg
+from ..experiments.power import MOST_SEEDS
 from ..experiments.progress import duration
 from ..experiments.rates import mean_over_seeds, rate_ratios, sensitivity
 from ..experiments.ratios import Ratio
@@ -24,11 +25,12 @@ WITHOUT_EFFECT = 0.01  # the same as a share of the best value, where the task n
 def grid_report(schedule: Schedule) -> Report:
     """The report of a grid as far as it has come."""
     grid = schedule.grid
-    states = survey(schedule.runs())
+    states = survey(schedule.runs(), allow_changed=True)
+    changed = sum(where is State.CHANGED for where in states.values())
     results = {run: read_result(run) for run, where in states.items() if where is State.FINISHED}
     finals = [run for run, result in results.items() if run.setting is None and not result.diverged]
     rows = make_rows(schedule, results)
-    sections = [Section("Answer", _answer(grid, rows))]
+    sections = [Section("Answer", [*_answer(grid, rows), *_plans(schedule)])]
     for task in grid.tasks:
         blocks = [*_convergence(grid, task, finals), *_rates(schedule, task, results), *_shown(task, finals)]
         mixes = _mixes(grid, task, finals)
@@ -40,10 +42,10 @@ def grid_report(schedule: Schedule) -> Report:
         Section("Configuration", _configs(grid)),
         Section("Where it ran", provenance([run.folder for run in results])),
     ]
-    return Report(grid.name, _lead(schedule, rows, len(results)), sections)
+    return Report(grid.name, _lead(schedule, rows, len(results), changed), sections)
 
 
-def _lead(schedule: Schedule, rows: list[Row], finished: int) -> str:
+def _lead(schedule: Schedule, rows: list[Row], finished: int, changed: int) -> str:
     total, verdicts = schedule.total(), [row.difference.verdict for row in rows if row.difference is not None]
     counts = ", ".join(
         f"{verdicts.count(word)} {word}" for word in ("better", "worse", "no difference shown") if word in verdicts
@@ -51,7 +53,10 @@ def _lead(schedule: Schedule, rows: list[Row], finished: int) -> str:
     counts = counts or "none judged yet"
     state = "All runs have finished" if finished == total else f"{finished} of {total} runs have finished"
     grid = schedule.grid
-    return f"{len(grid.variants)} variants on {len(grid.tasks)} tasks. {state}; of {grid.claims} comparisons: {counts}."
+    return (
+        f"{len(grid.variants)} variants on {len(grid.tasks)} tasks. {state}; of {grid.claims} comparisons: {counts}."
+        + (f" {changed} runs were made with another configuration and are left out." if changed else "")
+    )
 
 
 def _answer(grid: Grid, rows: list[Row]) -> list[Block]:
@@ -65,6 +70,25 @@ def _answer(grid: Grid, rows: list[Row]) -> list[Block]:
     return [*blocks, Text(note(grid))]
 
 
+def _plans(schedule: Schedule) -> list[Block]:
+    """What each pilot has said about the number of seeds."""
+    lines = []
+    for task in schedule.grid.tasks:
+        plan = schedule.plan(task)
+        if plan is not None:
+            runs = len(schedule.seeds(task))
+            asked = f"{MOST_SEEDS:,} or more" if plan.needed >= MOST_SEEDS else str(plan.needed)
+            enough = "" if plan.needed <= runs else "fewer than asked for: see `detectable`"
+            lines.append([task.name, f"{task.effect:g}", f"{plan.sd:.2g}", asked, str(runs), enough])
+    if not lines:
+        return []
+    note = (
+        f"The number of seeds that show the effect with {schedule.grid.seeds.power:.0%} probability, by the spread of "
+        "the pilot's paired differences."
+    )
+    return [Table(("task", "effect", "sd of a difference", "seeds asked for", "seeds", ""), lines, note)]
+
+
 def _convergence(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:
     """Curves on all axes, and how much of each a variant needs to come to its baseline's end."""
     traces = read_traces(task, finals)
@@ -76,13 +100,14 @@ def _convergence(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:
         "mean over seeds, band from the lowest to the highest"
     )
     blocks: list[Block] = [Picture(f"{task.name}-convergence", svg(axes_figure(task, traces, order)), "svg", caption)]
-    lines, axes = [], []
+    lines, times, axes = [], [], []
     for variant in grid.variants:
         other = grid.against(variant)
         if variant.name == other or variant.name not in traces or other not in traces:
             continue
         found = speed_ups(traces[variant.name], traces[other], task.mode, final_by_seed(traces[other]))
         axes = list(found)
+        times.append([variant.name, other, *(f"{each.time} / {each.baseline_time}" for each in found.values())])
         lines.append([variant.name, other, *(_ratio(each.speed_up) for each in found.values())])
         lines[-1].append(f"{next(iter(found.values())).reached} of {next(iter(found.values())).seeds}")
     if lines:
@@ -91,6 +116,8 @@ def _convergence(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:
             "above 1 it is faster; with 95 % t interval over seeds. Seeds that never reach it make it a bound."
         )
         blocks.append(Table(("variant", "baseline", *axes, "seeds that reach it"), lines, note))
+        note = "What both needed on average to get there, variant / baseline, in units of each axis."
+        blocks.append(Table(("variant", "baseline", *axes), times, note))
     return blocks
 
 
@@ -110,18 +137,12 @@ def _rates(schedule: Schedule, task: GridTask, results: Mapping[Run, Result]) ->
     name = option.rpartition(".")[2]
     caption = f"{task.name}: {task.metric} against {name}; a point a run, lines through means, crosses: diverged"
     blocks: list[Block] = [Picture(f"{task.name}-{name}", svg(rates_figure(task, name, losses)), "svg", caption)]
-    lines = []
+    means = [value for found in losses.values() for value in mean_over_seeds(found).values() if math.isfinite(value)]
     best = min if task.mode == "min" else max
-    delta = (
-        BASIN * task.effect
-        if task.effect
-        else WITHOUT_EFFECT
-        * abs(
-            best(
-                value for found in losses.values() for value in mean_over_seeds(found).values() if math.isfinite(value)
-            )
-        )
-    )
+    delta = BASIN * task.effect if task.effect else WITHOUT_EFFECT * abs(best(means, default=0.0))
+    if min(value for found in losses.values() for value in found) <= 0 or delta == 0:
+        return blocks  # no logarithm of the values, or nothing to measure a basin by
+    lines = []
     for variant in grid.variants:
         if variant.name not in losses:
             continue

@@ -151,7 +151,7 @@ def test_a_failed_run_stops_no_other_and_is_reported(ablate: Ablate, make_grid: 
     assert "FAILED language/silent/seed0: ended without a result" in done.output
     assert finished(tmp_path) == {"language/gelu/seed0", "language/gelu/seed1"}
     table = (tmp_path / "out/table.md").read_text()
-    assert "no seed in common |  | 0 of 2 |" in table
+    assert "not decided: 0 of 2 pairs |  | 0 of 2 |" in table
 
 
 def test_a_metric_that_the_task_does_not_report_stops_the_grid(

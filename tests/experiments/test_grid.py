@@ -8,7 +8,7 @@ import pytest
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments.command import ablate_command
-from moa_lightning.experiments.grid import Run
+from moa_lightning.experiments.grid import Need, Run
 from moa_lightning.experiments.grid_file import load_grid
 from moa_lightning.experiments.runner import make_schedule
 
@@ -146,10 +146,13 @@ def test_a_run_of_another_task(make_grid: MakeGrid, tmp_path: Path) -> None:
     task = {"config": str(tmp_path / "task.yaml"), "metric": "val/loss", "mode": "min"}
     tasks = {"first": task, "second": {**task, "overrides": {"start": "{run:first/gelu}"}}}
     found = runs(make_grid(tasks=tasks, variants={"gelu": {}, "la": {}}, seeds=[0]))
-    assert [run.needs for run in found[2:]] == 2 * [(("{run:first/gelu}", tmp_path / "out/first/gelu/seed0"),)]
+    need = Need("{run:first/gelu}", "first", "gelu", tmp_path / "out/first/gelu/seed0", found[0].digest)
+    assert [run.needs for run in found[2:]] == 2 * [(need,)]
     tasks["second"]["overrides"] = {"start": "{run:first/{variant}}"}
     found = runs(make_grid(tasks=tasks, variants={"gelu": {}, "la": {}}, seeds=[0]))
-    assert [run.needs[0][1] for run in found[2:]] == [tmp_path / f"out/first/{name}/seed0" for name in ("gelu", "la")]
+    assert [run.needs[0].folder for run in found[2:]] == [
+        tmp_path / f"out/first/{name}/seed0" for name in ("gelu", "la")
+    ]
     tasks["second"]["tune"] = {"rate": [1, 2]}
     with pytest.raises(UserError, match="task second is tuned, so start cannot name a run of another task"):
         runs(make_grid(tasks=tasks, variants={"gelu": {}}, seeds=[0], tune={"seeds": [9]}))

@@ -39,6 +39,20 @@ def test_a_picture_for_every_kind_of_curve(tmp_path: Path, values: list[str]) ->
     assert "FLOPs" not in comments, "the runs have not counted them"
 
 
+def test_single_points_have_no_common_time(tmp_path: Path) -> None:
+    """One validation a run: curves against seconds cannot be joined over seeds, the others can."""
+    task = GridTask("language", (), "val/loss", "min")
+    grid = Grid("g", tmp_path, Seeds((0, 1), 2), "v", (task,), (GridVariant("v", ()),), {}, 1)
+    runs = [grid.run(task, grid.variants[0], seed, {}) for seed in (0, 1)]
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        (run.folder / "metrics.csv").write_text(f"{HEADER}5,40,,{1.5 + run.seed},,2\n")
+    assert draw_convergence(grid, runs)
+    drawing = svg(axes_figure(task, read_traces(task, runs), ["v"])).decode()
+    assert "<!-- samples -->" in drawing
+    assert "<!-- seconds -->" not in drawing
+
+
 def test_rates_mark_diverged_runs() -> None:
     task = GridTask("language", (), "val/loss", "min")
     losses = {"gelu": {0.001: {0: 2.0, 1: 2.1}, 0.01: {0: 1.5, 1: float("nan")}, 0.1: {0: float("inf"), 1: 9.0}}}

@@ -37,19 +37,33 @@ def test_the_basin_ends_where_the_interpolated_loss_leaves_it() -> None:
 def test_ends_of_the_grid_are_bounds() -> None:
     rising = sensitivity(basin(1e-5), delta=3.0)
     assert rising.optimum == Measured(pytest.approx(1e-4), Kind.AT_MOST)
-    assert rising.at_edge == "the best rate is the lowest tried: try lower ones"
+    assert rising.at_edge == "the best rate is the lowest that worked: try lower ones"
     falling = sensitivity(basin(1.0), delta=0.1)
     assert falling.optimum == Measured(pytest.approx(3e-2), Kind.AT_LEAST)
     assert falling.highest == Measured(pytest.approx(3e-2), Kind.AT_LEAST)
     assert falling.width.kind is Kind.AT_LEAST
-    assert "highest tried" in falling.at_edge
+    assert "highest that worked" in falling.at_edge
 
 
-def test_a_diverged_rate_ends_the_basin_at_the_last_one_that_did_not() -> None:
+def test_what_lies_between_a_rate_that_worked_and_one_that_diverged_is_not_known() -> None:
     found = sensitivity(basin(1e-3) | {1e-2: math.nan, 3e-2: math.inf}, delta=10.0)
-    assert found.highest == Measured(pytest.approx(3e-3))
+    assert found.highest == Measured(pytest.approx(3e-3), Kind.AT_LEAST)
     assert sensitivity(dict.fromkeys(RATES, math.nan), delta=0.1).optimum.kind is Kind.UNKNOWN
-    assert sensitivity({1e-3: 1.0, 1e-2: 0.9, 1e-1: math.nan}, delta=0.2).optimum == Measured(pytest.approx(1e-2))
+    last = sensitivity({1e-3: 1.0, 1e-2: 0.9, 1e-1: math.nan}, delta=0.2)
+    assert last.optimum == Measured(pytest.approx(1e-2), Kind.AT_LEAST)
+    assert "try higher ones" in last.at_edge
+    alone = sensitivity({1e-3: math.nan, 1e-2: 0.9, 1e-1: math.nan}, delta=0.2)
+    assert alone.optimum.kind is Kind.UNKNOWN
+
+
+def test_equal_ratios_of_a_coarse_grid_make_no_interval() -> None:
+    """Two seeds at whose best rates the losses of both sides are mirror images: the same ratio to the bit."""
+    variant = {rate: {0: loss, 1: loss} for rate, loss in basin(3e-3).items()}
+    baseline = {rate: {0: loss, 1: loss} for rate, loss in basin(1e-3).items()}
+    found = rate_ratios(variant, baseline, delta=0.1).optimum
+    assert found.words == "the same ratio on all 2 seeds: no interval"
+    assert found.ratio == Measured(pytest.approx(3.0))
+    assert math.isnan(found.low)
 
 
 def test_ratios_between_variants_are_recovered() -> None:

@@ -19,9 +19,11 @@ LR = "model.optimizer.lr"
 TUNE = {"seeds": [100, 101], "options": {LR: [0.001, 0.002, 0.004]}}
 
 
-def size(task: GridTask, variant: GridVariant) -> Size:
+def size(task: GridTask, variant: GridVariant, more: Mapping[str, str]) -> Size:
     """Variants differ in parameters and FLOPs, as they do without matching."""
-    return {"gelu": Size(1000, 8, 16, 6e3), "la": Size(1100, 8, 16, 7e3), "moa": Size(2000, 8, 16, 12e3)}[variant.name]
+    batch = int(more.get("data.batch_size", 8))
+    parameters, flops = {"gelu": (1000, 6e3), "la": (1100, 7e3), "moa": (2000, 12e3)}[variant.name]
+    return Size(parameters, batch, 16, flops)
 
 
 def schedule(path: Path, value: Callable[[Run], float | None] = lambda run: None) -> Schedule:
@@ -52,6 +54,44 @@ def test_a_budget_becomes_steps(make_grid: MakeGrid, budget: dict[str, Any], exp
     assert steps(runs) == expected
     rhythm = {run.variant: dict(run.options)["trainer.val_check_interval"] for run in runs}
     assert rhythm == {name: str(int(count) // 4) for name, count in expected.items()}
+
+
+def test_a_tuned_batch_keeps_the_budget(make_grid: MakeGrid) -> None:
+    tune = {"seeds": [9], "options": {"data.batch_size": [8, 16]}}
+    plan = schedule(
+        make_grid(budget={"tokens": 1e4}, tune=tune, seeds=[0]), lambda run: float("batch_size=16" not in run.name)
+    )
+    lengths = {run.setting: dict(run.options)["trainer.max_steps"] for run in plan.tuning_runs()}
+    assert lengths == {"batch_size=8": "78", "batch_size=16": "39"}
+    assert {dict(run.options)["trainer.max_steps"] for run in plan.final_runs()} == {"39"}
+
+
+def test_a_run_on_top_of_another_changes_with_it(make_grid: MakeGrid, tmp_path: Path) -> None:
+    entries: dict[str, Any] = {"dense": {}, "ticket": {"overrides": {"mask": "{run:dense}"}}}
+    entries["finer"] = {"overrides": {"mask": "{run:ticket}"}}
+
+    def fingerprints() -> dict[str, dict[str, str]]:
+        path = make_grid(variants=entries, baseline="dense", seeds=[0], tasks={"t": task_of(tmp_path / "x")})
+        return {run.variant: run.fingerprint() for run in schedule(path).runs()}
+
+    before = fingerprints()
+    entries["dense"] = {"overrides": {"width": 3}}
+    after = fingerprints()
+    assert [name for name in after if after[name] != before[name]] == ["dense", "ticket", "finer"]
+
+
+def test_a_task_has_the_seeds_of_those_that_build_on_it(make_grid: MakeGrid, tmp_path: Path) -> None:
+    first = task_of(tmp_path / "x", effect=10.0)
+    second = task_of(tmp_path / "x", effect=0.005, overrides={"start": "{run:first/gelu}"})
+    path = make_grid(tasks={"first": first, "second": second}, seeds={"pilot": [0, 1, 2], "most": 20})
+    noise = {"gelu": (0.0, 0.004, 0.001), "la": (0.003, 0.0, 0.002), "moa": (0.001, 0.0, 0.004)}
+    plan = schedule(path, lambda run: noise[run.variant][run.seed] if run.seed < 3 else None)
+    tasks = {task.name: task for task in plan.grid.tasks}
+    asked = plan.plan(tasks["first"])
+    assert asked is not None
+    assert asked.needed == 2
+    assert len(plan.seeds(tasks["second"])) > 3
+    assert plan.seeds(tasks["first"]) == plan.seeds(tasks["second"])
 
 
 def test_tokens_of_images_are_refused(make_grid: MakeGrid) -> None:

@@ -49,13 +49,13 @@ def size_of(arguments: list[str]) -> Size:
 def test_a_size_is_asked_for_once_and_kept(make_grid: MakeGrid, tmp_path: Path) -> None:
     grid = load_grid(make_grid(), Path)
     task, variant = grid.tasks[0], grid.variants[0]
-    first = Sizes(grid, size_of)(task, variant)
+    first = Sizes(grid, size_of)(task, variant, {})
     assert first.samples_per_step == 1
     assert list(read_sizes(tmp_path / "out" / "sizes.json").values()) == [first]
 
     def never(arguments: list[str]) -> Size:
         raise AssertionError("it is known")
 
-    assert Sizes(grid, never)(task, variant) == first
+    assert Sizes(grid, never)(task, variant, {"model.optimizer.lr": "0.1"}) == first, "no size depends on a rate"
     with pytest.raises(UserError, match="absurd is unknown"):
-        Sizes(load_grid(make_grid(overrides={"absurd": 1}), Path), size_of)(task, variant)
+        Sizes(load_grid(make_grid(overrides={"absurd": 1}), Path), size_of)(task, variant, {})

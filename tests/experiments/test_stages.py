@@ -81,6 +81,18 @@ def test_the_test_split_is_read_once_and_only_by_final_runs(
     assert Counter(begun(tmp_path))["t/la/seed0 from 0"] == 1, "it was not trained again"
 
 
+def test_a_test_metric_that_is_added_later_is_only_measured(
+    ablate: Ablate, make_grid: MakeGrid, tmp_path: Path
+) -> None:
+    path = make_grid(seeds=[0])
+    assert ablate(path).status == 0
+    path.write_text(path.read_text().replace("    mode: min\n", "    mode: min\n    test_metric: test/loss\n"))
+    done = ablate(path)
+    assert done.status == 0, done.output
+    assert {row["metric"] for row in rows(tmp_path)} == {"test/loss"}
+    assert len(begun(tmp_path)) == 6, "no run was trained again"
+
+
 def test_a_diverged_run_is_a_result(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
     variants = {"gelu": {"config": [str(tmp_path / "gelu.yaml")]}, "wild": {"overrides": {"diverge": True}}}
     path = make_grid(variants=variants, seeds=[0, 1])

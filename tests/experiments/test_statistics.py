@@ -49,6 +49,19 @@ def test_claims_a_difference_in_five_percent_of_null_data(n: int) -> None:
     assert 0.04 < claims / 4000 < 0.06
 
 
+def test_as_many_more_images_on_all_seeds_are_no_spread() -> None:
+    """Accuracies of counts out of 750 as float32 percentages: equal differences, but for their rounding."""
+    counts = np.array([641, 655, 662])
+    baseline, variant = (by_seed(np.float32(100) * (counts + more) / np.float32(750)) for more in (0, 3))
+    raw = np.array(list(variant.values())) - np.array(list(baseline.values()))
+    assert raw.std() > 0
+    judged = judge_family({"a": compare(variant, baseline, "max")}, {"a": "max"})["a"]
+    assert judged.verdict == "the same difference on all 3 seeds: no interval"
+    assert judged.paired.mean == pytest.approx(0.4, rel=1e-4)
+    same = {seed: value * (1 + 1e-8) for seed, value in baseline.items()}
+    assert compare(same, baseline, "max").verdict == "no difference shown"
+
+
 def test_pairs_by_seed_not_by_position() -> None:
     baseline = {0: 1.0, 1: 2.0, 2: 3.0, 7: 100.0}
     variant = {2: 3.1, 1: 2.2, 0: 1.3, 9: -100.0}

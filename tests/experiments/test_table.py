@@ -60,9 +60,14 @@ def test_rounding_follows_the_spread(tmp_path: Path) -> None:
 def test_missing_and_diverged_runs(tmp_path: Path) -> None:
     small = grid(tmp_path)
     _, none = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": []}))
-    assert cells(none) == ("-", "", "no seed in common", "0 of 3")
+    assert cells(none) == ("-", "", "not decided: 0 of 3 pairs", "0 of 3")
     _, one = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": [0.9]}))
-    assert cells(one) == ("0.9", "-0.1", "one seed: no interval", "1 of 3")
+    assert cells(one) == ("0.9", "-0.1", "not decided: 1 of 3 pairs", "1 of 3")
+    _, two = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": [0.9, 1.001]}))
+    assert two.difference is not None
+    assert two.difference.paired.p < 0.05, "two seeds of three would make a claim"
+    assert cells(two)[2:] == ("not decided: 2 of 3 pairs", "2 of 3")
+    assert cells(two)[1].startswith("-0.0995 [")
     _, lost = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": [0.9, math.nan, 1.0]}))
     assert cells(lost) == ("nan", "", "not finite on 1 of 3 seeds", "3")
 

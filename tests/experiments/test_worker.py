@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from moa_lightning.errors import UserError
+from moa_lightning.experiments.grid_file import digest
+from moa_lightning.experiments.worker import execute
+
 SCRIPT = '''
 import json, os, sys
 from multiprocessing.forkserver import _forkserver
@@ -54,6 +58,25 @@ if __name__ == "__main__":
         maps = Path(f"/proc/{_forkserver._forkserver_pid}/maps").read_text()
         print("torch is warm:", "libtorch" in maps)
 '''
+
+
+def test_a_job_does_not_train_what_was_edited_since(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("quality: 1\n")
+    record = {"configs": {str(config): digest(config)}, "fit": ["fit"]}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    begun: list[list[str]] = []
+
+    def fit(arguments: list[str]) -> int:
+        begun.append(arguments)
+        return 0
+
+    config.write_text("quality: 1  # a comment\n")
+    assert execute(tmp_path, fit) == 0
+    config.write_text("quality: 2\n")
+    assert execute(tmp_path, fit) == UserError.exit_code
+    assert len(begun) == 1
+    assert f"{config} was edited since the grid began" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")

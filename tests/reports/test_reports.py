@@ -133,6 +133,63 @@ def test_a_grid_says_what_its_table_says(ablate: Ablate, make_grid: Callable[...
     assert "of 4 comparisons: none judged yet" in make_report(folder)[0].lead
 
 
+def test_a_report_has_the_seeds_and_the_files_of_the_command(
+    ablate: Ablate, make_grid: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert ablate(make_grid(seeds=[0]), "--seeds", "0,1,2").status == 0
+    rows = list(csv.DictReader((tmp_path / "out/table.csv").open()))
+    assert {row["n"] for row in rows} == {"3"}
+    assert "All runs have finished; of 4 comparisons: 4 better" in make_report(tmp_path / "out")[0].lead
+    (tmp_path / "moa.yaml").write_text("quality: 0.3\n")  # since then
+    lead = make_report(tmp_path / "out")[0].lead
+    assert "12 of 18 runs have finished; of 4 comparisons: 2 better" in lead
+    assert lead.endswith("6 runs were made with another configuration and are left out.")
+
+
+def test_fits_along_budgets_and_apart_for_other_axes() -> None:
+    tokens, rng = (1e5, 3e5, 1e6, 3e6), np.random.default_rng(0)
+    tasks = tuple(
+        GridTask(f"t-{i}-{o}", (), "val/loss", "min", axes={"budget": str(i), "optimizer": o}, base="t")
+        for i in range(4)
+        for o in ("adamw", "muon")
+    )
+    grid = Grid("g", Path("out"), Seeds((0, 1), 2), "gelu", tasks, (GridVariant("gelu", ()),), {}, 1)
+    results = {}
+    for task in tasks:
+        size, floor = tokens[int(task.axes["budget"])], {"adamw": 2.0, "muon": 1.0}[task.axes["optimizer"]]
+        for seed in (0, 1):
+            loss = floor + 30 * size**-0.3 + 1e-4 * rng.standard_normal()
+            run = grid.run(task, grid.variants[0], seed, {})
+            results[run] = Result({"val/loss": loss}, 1000, 10, 10, int(size), 1.0)
+    sections = scaling_sections(grid, results)
+    assert [section.title for section in sections] == [
+        "t-budget, optimizer adamw: loss and tokens",
+        "t-budget, optimizer muon: loss and tokens",
+    ]
+    for section, floor in zip(sections, (2.0, 1.0), strict=True):
+        table = next(block for block in section.blocks if isinstance(block, Table))
+        assert float(table.rows[0][1].split()[0]) == pytest.approx(floor, abs=0.1)
+
+
+@pytest.mark.parametrize("diverge", ["", "true"], ids=["a value of 0", "all diverged"])
+def test_tuned_values_without_a_basin_are_only_drawn(
+    ablate: Ablate, make_grid: Callable[..., Path], tmp_path: Path, diverge: str
+) -> None:
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    values = [0.001, 0.002, 0.004] if diverge else [0.0, 0.001, 0.002]
+    path = make_grid(
+        tasks={"t": task},
+        tune={"seeds": [100], "options": {"step_seconds": values}, "overrides": {"diverge": diverge}},
+        overrides={"steps": 4},
+        seeds=[0, 1],
+    )
+    done = ablate(path)
+    assert done.status == 0, done.output
+    page = (tmp_path / "out/report.md").read_text()
+    assert "t-step_seconds" in page
+    assert "basin" not in page
+
+
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds neither a run"):
         report_command([str(tmp_path)])
@@ -151,10 +208,12 @@ def test_scaling_needs_four_sizes_and_finds_what_was_planted() -> None:
                 run = grid.run(task, variant, seed, {})
                 results[run] = Result({"val/loss": loss}, int(size), 10, 10, None, 1.0)
     (section,) = scaling_sections(grid, results)
-    assert section.title == "t: loss and size"
+    assert section.title == "t-size: loss and parameters"
     table = next(block for block in section.blocks if isinstance(block, Table) and "multiplier" in block.headings)
     found = [float(row[3].split()[0]) for row in table.rows]
     assert found == pytest.approx([1.5] * 5, rel=0.05)
+    one_seed = {run: result for run, result in results.items() if run.seed == 0 and run.task != "t-4"}
+    assert scaling_sections(grid, one_seed) == [], "four runs do not make a fit"
     few = {run: result for run, result in results.items() if run.task in ("t-0", "t-1", "t-2")}
     assert scaling_sections(grid, few) == []
     diverged = dict.fromkeys([next(iter(results))], Result({"val/loss": math.nan}, None, None, None, None, math.nan))
