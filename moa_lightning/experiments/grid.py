@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moa_lightning.run_folder import CHECKPOINTS, LAST
+from moa_lightning.run_folder import CHECKPOINTS, HELD, LAST, TEST
 
 SEED = "{seed}"  # in an option: the seed of the run
 VARIANT = "{variant}"  # in an option: the variant of the run, as in {run:pretrain/{variant}}
@@ -82,6 +82,8 @@ class GridVariant:
     """wins over the axes', which win over the task's, which win over the grid's"""
     against: str | None = None
     """the variant that it is compared with; None: the grid's baseline"""
+    freeze_gates: int | None = None
+    """batches over which the gates of finished runs are averaged, to measure once more what is left without them"""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ class Run:
     """what it must report on the test split"""
     needs: tuple[Need, ...] = ()
     """runs of the same seed that must have finished before"""
+    freeze_gates: int | None = None
+    """see GridVariant"""
 
     @property
     def name(self) -> str:
@@ -162,10 +166,14 @@ class Run:
         """What follows `moa` to begin the run, or to go on where it stopped."""
         return ["fit", *self.config_arguments(), "--run_dir", str(self.folder), "--ckpt_path", "auto"]
 
-    def test_arguments(self) -> list[str]:
-        """What follows `moa` to measure the finished run on the test split."""
+    def later_arguments(self) -> dict[str, list[str]]:
+        """What the finished run is measured by, once: the file that holds the result -> what follows `moa`."""
         modules = [f"--import={value}" for option, value in self.options if option == "import"]
-        return ["test", "--ckpt_path", str(self.folder / CHECKPOINTS / LAST), *modules]
+        trained = ["--ckpt_path", str(self.folder / CHECKPOINTS / LAST), *modules]
+        found = {} if self.test_metric is None else {TEST: ["test", *trained]}
+        if self.freeze_gates is not None:
+            found[HELD] = ["validate", *trained, "--freeze_gates", str(self.freeze_gates)]
+        return found
 
     def config_arguments(self) -> list[str]:
         """Config files, seed and options."""
@@ -273,6 +281,7 @@ class Grid:
             metric=task.metric,
             setting=setting,
             test_metric=None if setting else task.test_metric,
+            freeze_gates=None if setting else variant.freeze_gates,
             needs=tuple(
                 Need(f"{{run:{name}}}", *_path(name, task.name), self.out.joinpath(*_path(name, task.name), *parts))
                 for name in named

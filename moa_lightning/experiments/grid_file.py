@@ -34,7 +34,7 @@ GRID_KEYS = (
 )
 TASK_KEYS = ("config", "metric", "mode", "test_metric", "effect", "overrides", "budget", "tune", "axes")
 AXIS_KEYS = ("config", "overrides", "budget")
-VARIANT_KEYS = ("config", "overrides", "against")
+VARIANT_KEYS = ("config", "overrides", "against", "freeze_gates")
 TUNE_KEYS = ("seeds", "options", "overrides", "budget")
 SEED_KEYS = ("pilot", "most", "power")
 UNITS = ("steps", "samples", "tokens", "tokens_per_parameter", "flops")
@@ -235,7 +235,10 @@ def _variant(name: str, entry: Any, resolve: Resolve) -> GridVariant:
     where = f"variant {name}"
     entry = _mapping(entry if entry is not None else {}, where, VARIANT_KEYS)
     overrides = _overrides(entry.get("overrides"), where)
-    return GridVariant(name, _configs(entry, where, resolve), overrides, entry.get("against"))
+    batches = entry.get("freeze_gates")
+    if batches is not None and (not _is_int(batches) or batches < 1):
+        raise UserError(f"{where}: freeze_gates is {batches!r}; give the batches to average the gates over, 1 or more.")
+    return GridVariant(name, _configs(entry, where, resolve), overrides, entry.get("against"), batches)
 
 
 def _budget(entry: Any, where: str) -> Budget | None:

@@ -64,7 +64,7 @@ def state_of(run: Run) -> State:
         return State.CHANGED
     if (run.folder / DIVERGED).is_file():
         return State.FINISHED
-    if (run.folder / RESULT).is_file() and (run.test_metric is None or (run.folder / TEST).is_file()):
+    if all((run.folder / name).is_file() for name in (RESULT, *run.later_arguments())):
         return State.FINISHED
     return State.NEW if last_checkpoint(run.folder) is None else State.RESUME
 
@@ -138,9 +138,8 @@ def prepare(run: Run, resume: bool) -> None:
         "fingerprint": run.fingerprint(),
         "configs": {str(config.path): config.digest for config in run.configs},
         "fit": run.arguments(),
+        "later": run.later_arguments(),
     }
-    if run.test_metric is not None:
-        record["test"] = run.test_arguments()
     draft = run.folder.with_name(f".{run.folder.name}.json")
     draft.write_text(json.dumps(record, indent=1))
     os.replace(draft, _record(run))

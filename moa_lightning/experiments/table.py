@@ -64,7 +64,7 @@ class Row:
             "tuned": _tuned(self.choice),
             "parameters": "-" if self.parameters is None else f"{self.parameters:,}",
             "seconds": _seconds(self.seconds),
-            "difference": "" if judged is None else _interval(judged.paired),
+            "difference": "" if judged is None else interval(judged.paired),
             "p": "" if judged is None or math.isnan(judged.p_adjusted) else f"{judged.p_adjusted:.2g}",
             "verdict": "baseline" if judged is None else judged.verdict,
             "detectable": "" if math.isnan(self.detectable) else f"{self.detectable:.2g}",
@@ -270,7 +270,8 @@ def _spread(mean: float, sd: float) -> str:
     return f"{mean:.4g}" if math.isnan(sd) else f"{mean:.{_decimals(sd)}f} ± {sd:.{_decimals(sd)}f}"
 
 
-def _interval(paired: Paired) -> str:
+def interval(paired: Paired) -> str:
+    """A difference with its interval, rounded by it."""
     if math.isnan(paired.mean):
         return ""
     if math.isnan(paired.low):

@@ -25,7 +25,7 @@ from moa_lightning.errors import Diverged, UserError
 from moa_lightning.experiments.grid import Run
 from moa_lightning.experiments.grid_file import digest
 from moa_lightning.experiments.state import DIVERGED, RECORD, last_line, share_lock
-from moa_lightning.run_folder import RESULT, TEST
+from moa_lightning.run_folder import RESULT
 
 Fit = Callable[[list[str]], int | None]  # arguments after `moa` -> exit status
 
@@ -100,7 +100,7 @@ def _answer(sender: Connection, question: Callable[[list[str]], Any], arguments:
 
 
 def execute(folder: Path, fit: Fit) -> int:
-    """Do what the record of a run says: train it, or go on training, then test it once. Returns the exit status.
+    """Do what the record of a run says: train it, or go on training, then measure it once. Returns the exit status.
 
     A job of a batch system may begin hours after it was sent there, so the config files are looked at again.
     """
@@ -114,8 +114,9 @@ def execute(folder: Path, fit: Fit) -> int:
             (folder / DIVERGED).write_text(json.dumps({"message": last_line(folder / "log.txt")}))
             return 0
         return status
-    if "test" in record and not (folder / TEST).is_file():
-        return _command(record["test"], fit)
+    for result, arguments in record["later"].items():
+        if not (folder / result).is_file() and (status := _command(arguments, fit)):
+            return status
     return 0
 
 

@@ -6,6 +6,8 @@ from statistics import fmean
 from typing import Any
 
 from ..controls import MIXING
+from ..experiments.statistics import compare
+from ..experiments.table import interval
 from ..run_folder import HELD, read_json
 from .content import Block, Code, Picture, Table, Text
 
@@ -71,11 +73,15 @@ def _held(folders: Mapping[str, Sequence[Path]]) -> list[Block]:
     for variant, runs in folders.items():
         results = [result for run in runs if (result := read_json(run / HELD)) is not None]
         for metric in results[0]["trained"] if results else ():
-            trained, held = (fmean(result[kind][metric] for result in results) for kind in ("trained", "held"))
-            rows.append([variant, metric, f"{trained:.5g}", f"{held:.5g}", f"{held - trained:+.3g}", str(len(results))])
+            trained, held = (dict(enumerate(each[kind][metric] for each in results)) for kind in ("trained", "held"))
+            means = [f"{fmean(values.values()):.5g}" for values in (trained, held)]
+            rows.append([variant, metric, *means, interval(compare(held, trained, "min")), str(len(results))])
     if not rows:
         return []
-    note = "Held: each mix replaced by its mean over training tokens (MoA becomes LA), nothing trained after it."
+    note = (
+        "Held: each mix replaced by its mean over training tokens (MoA becomes LA), nothing trained after it. "
+        "Difference: over the runs, with its 95 % t interval."
+    )
     return [Table(("run", "metric", "trained", "gates held", "difference", "runs"), rows, note)]
 
 

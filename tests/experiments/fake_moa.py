@@ -34,13 +34,14 @@ def loss(step: int, seed: int, quality: float, too_far: float = 0.0) -> float:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=["fit", "test"])
+    parser.add_argument("command", choices=["fit", "test", "validate"])
     parser.add_argument("-c", dest="configs", action="append", type=Path)
     for option in ("--run_dir", "--journal"):
         parser.add_argument(option, type=Path)
     for option, kind in (("--seed_everything", int), ("--steps", int), ("--step_seconds", float)):
         parser.add_argument(option, type=kind, default=0)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--freeze_gates", type=int)
     for option in ("--fail", "--die", "--silent", "--ckpt_path", "--diverge", "--after"):
         parser.add_argument(option, default="")
     options = parser.parse_args(arguments)
@@ -49,6 +50,13 @@ def main(arguments: list[str]) -> int:
         journal(folder, folder / "journal.txt", "tested")
         value = json.loads((folder / "result.json").read_text())["metrics"]["val/loss"] + 1
         (folder / "test.json").write_text(json.dumps({"metrics": {"test/loss": value}}))
+        return 0
+    if options.command == "validate":
+        folder = Path(options.ckpt_path).parents[1]
+        journal(folder, folder / "journal.txt", f"held over {options.freeze_gates}")
+        trained = json.loads((folder / "result.json").read_text())["metrics"]["val/loss"]
+        held = {"trained": {"val/loss": trained}, "held": {"val/loss": trained + 0.25 + 0.01 * int(folder.name[4:])}}
+        (folder / "held_gates.json").write_text(json.dumps(held))
         return 0
     folder = options.run_dir
     checkpoint = folder / "checkpoints" / "last.ckpt"

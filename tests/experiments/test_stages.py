@@ -93,6 +93,20 @@ def test_a_test_metric_that_is_added_later_is_only_measured(
     assert len(begun(tmp_path)) == 6, "no run was trained again"
 
 
+def test_gates_are_averaged_once(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
+    variants = {"gelu": {}, "moa": {"config": [str(tmp_path / "moa.yaml")], "freeze_gates": 64}}
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    path = make_grid(variants=variants, tasks={"t": task})
+    for _ in range(2):
+        done = ablate(path)
+        assert done.status == 0, done.output
+    journals = {journal.parent.parent.name: journal.read_text() for journal in (tmp_path / "out").rglob("journal.txt")}
+    assert list(journals) == ["moa"]
+    assert journals["moa"].split(maxsplit=1)[1] == "held over 64\n"
+    report = (tmp_path / "out/report.md").read_text()
+    assert r"+0.260 \[+0.235, +0.285\]" in report, "0.25, 0.26 and 0.27"
+
+
 def test_a_diverged_run_is_a_result(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
     variants = {"gelu": {"config": [str(tmp_path / "gelu.yaml")]}, "wild": {"overrides": {"diverge": True}}}
     path = make_grid(variants=variants, seeds=[0, 1])

@@ -63,7 +63,7 @@ if __name__ == "__main__":
 def test_a_job_does_not_train_what_was_edited_since(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "a.yaml"
     config.write_text("quality: 1\n")
-    record = {"configs": {str(config): digest(config)}, "fit": ["fit"]}
+    record = {"configs": {str(config): digest(config)}, "fit": ["fit"], "later": {}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     begun: list[list[str]] = []
 
