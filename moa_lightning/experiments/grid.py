@@ -58,6 +58,10 @@ class GridTask:
     """what `moa test` reports, once, of each final run; then it decides in place of `metric`"""
     effect: float | None = None
     """smallest difference of the deciding metric that matters, for the number of seeds"""
+    target: float | None = None
+    """value of the deciding metric that the report says of every variant whether its runs have reached it"""
+    target_sd: float | None = None
+    """standard deviation of one run's metric that the speed-run rule assumes; None: modded-nanogpt's"""
     budget: Budget | None = None
     tune: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """option -> values among which each variant's best is looked for"""

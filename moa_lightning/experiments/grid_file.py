@@ -32,7 +32,10 @@ GRID_KEYS = (
     *("name", "out", "seeds", "baseline", "tasks", "axes", "variants", "overrides", "budget", "tune", "jobs"),
     "cluster",
 )
-TASK_KEYS = ("config", "metric", "mode", "test_metric", "effect", "overrides", "budget", "tune", "axes")
+TASK_KEYS = (
+    *("config", "metric", "mode", "test_metric", "effect", "target", "target_sd", "overrides", "budget", "tune"),
+    "axes",
+)
 AXIS_KEYS = ("config", "overrides", "budget")
 VARIANT_KEYS = ("config", "overrides", "against", "freeze_gates")
 TUNE_KEYS = ("seeds", "options", "overrides", "budget")
@@ -195,6 +198,11 @@ def _task(name: str, entry: Any, resolve: Resolve) -> GridTask:
     effect = entry.get("effect")
     if effect is not None and not _number(effect) > 0:
         raise UserError(f"{where} has effect {effect!r}; give the smallest difference that matters, above 0.")
+    target, target_sd = entry.get("target"), entry.get("target_sd")
+    if target is not None and not math.isfinite(_number(target)):
+        raise UserError(f"{where} has target {target!r}; give a value of {entry['metric']}.")
+    if target_sd is not None and not 0 < _number(target_sd) < math.inf:
+        raise UserError(f"{where} has target_sd {target_sd!r}; give the standard deviation of a run, above 0.")
     return GridTask(
         name,
         configs,
@@ -203,8 +211,10 @@ def _task(name: str, entry: Any, resolve: Resolve) -> GridTask:
         _overrides(entry.get("overrides"), where),
         entry.get("test_metric"),
         None if effect is None else _number(effect),
-        _budget(entry.get("budget"), where),
-        _values(entry.get("tune") or {}, where),
+        None if target is None else _number(target),
+        None if target_sd is None else _number(target_sd),
+        budget=_budget(entry.get("budget"), where),
+        tune=_values(entry.get("tune") or {}, where),
         base=name,
     )
 

@@ -12,6 +12,7 @@ from ..experiments.rates import mean_over_seeds, rate_ratios, sensitivity
 from ..experiments.ratios import Ratio
 from ..experiments.schedule import Schedule, setting_name, settings
 from ..experiments.state import Result, State, read_result, survey
+from ..experiments.statistics import SPEED_RUN_SD, SPEED_RUN_STEP, speed_run
 from ..experiments.table import Row, headings, make_rows, note
 from .content import Block, Code, Picture, Report, Section, Table, Text
 from .mixes import grid_mixes
@@ -32,7 +33,12 @@ def grid_report(schedule: Schedule) -> Report:
     rows = make_rows(schedule, results)
     sections = [Section("Answer", [*_answer(grid, rows), *_plans(schedule)])]
     for task in grid.tasks:
-        blocks = [*_convergence(grid, task, finals), *_rates(schedule, task, results), *_shown(task, finals)]
+        blocks = [
+            *_target(grid, task, results),
+            *_convergence(grid, task, finals),
+            *_rates(schedule, task, results),
+            *_shown(task, finals),
+        ]
         mixes = _mixes(grid, task, finals)
         sections += [Section(task.name, blocks)] if blocks else []
         sections += [Section(f"{task.name}: what the mix learned", mixes)] if mixes else []
@@ -87,6 +93,35 @@ def _plans(schedule: Schedule) -> list[Block]:
         "the pilot's paired differences."
     )
     return [Table(("task", "effect", "sd of a difference", "seeds asked for", "seeds", ""), lines, note)]
+
+
+def _target(grid: Grid, task: GridTask, results: Mapping[Run, Result]) -> list[Block]:
+    """Whether each variant's runs have reached the task's target, by modded-nanogpt's rules."""
+    if task.target is None:
+        return []
+    lines = []
+    for variant in grid.variants:
+        mine = [
+            r for run, r in results.items() if (run.task, run.variant, run.setting) == (task.name, variant.name, None)
+        ]
+        values = [result.metrics[task.final_metric] for result in mine]
+        if not values or not all(map(math.isfinite, values)):
+            lines.append([variant.name, str(len(values)), "", "", "", "a run diverged" if values else "no run yet"])
+            continue
+        found = speed_run(values, task.target, task.mode, task.target_sd or SPEED_RUN_SD)
+        words = "reached" if found.passed else "not shown"
+        if found.observed_sd > found.sd:
+            words += ", but the runs' own sd is larger than the assumed one"
+        p = "" if math.isnan(found.t_p) else f"{found.t_p:.2g}"
+        lines.append([variant.name, str(found.n), f"{found.mean:.5g}", f"{found.margin:.3g}", p, words])
+    sd = task.target_sd or SPEED_RUN_SD
+    note = (
+        f"modded-nanogpt's rule: (target - mean) · sqrt(n) of at least {SPEED_RUN_STEP / SPEED_RUN_SD * sd:.3g}, for a "
+        f"standard deviation of one run of {sd:g} that is assumed; p: of a one-sided t-test, which assumes none (its "
+        "wall-clock rule asks for 0.01)."
+    )
+    title = Text(f"{task.final_metric} {'≤' if task.mode == 'min' else '≥'} {task.target:g}")
+    return [title, Table(("variant", "runs", "mean", "margin", "p", ""), lines, note)]
 
 
 def _convergence(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:

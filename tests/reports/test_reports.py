@@ -14,6 +14,7 @@ import pytest
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Seeds
+from moa_lightning.experiments.grid_file import load_grid
 from moa_lightning.experiments.state import Result
 from moa_lightning.reports import html, markdown
 from moa_lightning.reports.command import make_report, report_command, write_report
@@ -144,6 +145,22 @@ def test_a_report_has_the_seeds_and_the_files_of_the_command(
     lead = make_report(tmp_path / "out")[0].lead
     assert "12 of 18 runs have finished; of 4 comparisons: 2 better" in lead
     assert lead.endswith("6 runs were made with another configuration and are left out.")
+
+
+def test_a_target_is_judged_by_the_speed_run_rule(
+    ablate: Ablate, make_grid: Callable[..., Path], tmp_path: Path
+) -> None:
+    """gelu's losses at step 6 are 4/7 plus up to 0.01; la's are lower by 0.1 and more."""
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    assert ablate(make_grid(tasks={"t": {**task, "target": 0.55, "target_sd": 0.02}})).status == 0
+    lines = (tmp_path / "out/report.md").read_text().splitlines()
+    begin = lines.index("val/loss ≤ 0.55")
+    ends = {line.split(" | ")[0].lstrip("| "): line.split(" | ")[-1].rstrip(" |") for line in lines[begin : begin + 8]}
+    assert ends["gelu"] == "not shown"
+    assert ends["la"].startswith("reached")
+    assert "at least 0.0615, for a standard deviation of one run of 0.02" in " ".join(lines)
+    with pytest.raises(UserError, match="task t has target 'soon'; give a value of val/loss"):
+        load_grid(make_grid(tasks={"t": {**task, "target": "soon"}}), Path)
 
 
 def test_fits_along_budgets_and_apart_for_other_axes() -> None:
