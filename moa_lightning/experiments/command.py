@@ -45,6 +45,7 @@ def ablate_command(
         console = Console(width=max(console.width, FILE_WIDTH))
     schedule = make_schedule(grid)
     if options.dry_run:
+        worker.warm_up(preload)  # sizes are measured in processes forked from it
         return _dry_run(schedule, console, allow_changed=options.restart_changed)
     failures: list[Failure] = []
     if not options.table_only:
