@@ -71,7 +71,8 @@ class _WideLinear(torch.autograd.Function):
 class _GatedCoefficients(torch.autograd.Function):
     """base + g(logits) - g(0), keeping for the backward pass only its result, which the mix keeps anyway, and base.
 
-    The gate's values are read back from the coefficients, which costs at most their last bit.
+    The gate's values are read back from the coefficients, to about the coefficients' last bit, and put back into the
+    gate's range: where a gate is shut or wide open its slope may come out as 0, never with the wrong sign.
     """
 
     @staticmethod
@@ -84,7 +85,7 @@ class _GatedCoefficients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
         base, c = ctx.saved_tensors
-        g = (c - base) + ctx.at_zero
+        g = ((c - base) + ctx.at_zero).clamp(-1.0 if ctx.gate == "tanh" else 0.0, 1.0)
         axes = tuple(range(-ctx.entry_axes, 0))
         if ctx.gate == "softmax":
             dlogits = g * (dc - (g * dc).sum(axes, keepdim=True))

@@ -151,6 +151,25 @@ def test_every_gate_row_learns_from_the_identity_start(form: str, branches: str,
         assert (mixing.base.grad != 0).all(), name
 
 
+@every_gate
+def test_a_gate_at_the_end_of_its_range_gets_no_gradient_of_the_wrong_sign(gate: str) -> None:
+    mixing = build(Mixing, gate, dim=1, gate_bias=True)
+    with torch.no_grad():
+        mixing.base.copy_(torch.linspace(-1.7, 1.9, K))
+        mixing.gate_bias.copy_(torch.tensor([-25.0, 25, -17, 17, -20, 20, 0]))
+    c = mixing.coefficients(torch.zeros(1, 1))
+    if gate == "softmax":  # the gradient of one entry: its own slope is positive, those of the others negative
+        c[0, 1].backward()
+        assert mixing.gate_bias.grad[1] >= 0
+        assert (mixing.gate_bias.grad[[0, 2, 3, 4, 5, 6]] <= 0).all()
+    else:
+        c.sum().backward()
+        assert (mixing.gate_bias.grad >= 0).all()
+        exact = mixing.gate_bias.detach().double().requires_grad_()
+        gate_function(exact, gate, 1).sum().backward()
+        torch.testing.assert_close(mixing.gate_bias.grad.double(), exact.grad, rtol=1e-5, atol=5e-7)
+
+
 @pytest.mark.parametrize("mixing", ["la", "moa"])
 @every_form
 def test_held_base_does_not_learn_and_is_kept(form: str, branches: str, mixing: str) -> None:
