@@ -2,7 +2,8 @@
 
 A reader returns one image as uint8 (C, H, W), from memory, a file or a shard. In training a sample is its views; in
 evaluation it is the plain view, and validation hands out two loaders: the bank (training images, without augmentation)
-and the query (validation images), which is what nearest-neighbour and linear evaluation compare.
+and the query (validation images), which is what nearest-neighbour and linear evaluation compare. A source without test
+images, such as ImageNet, is tested on all its validation images.
 """
 
 import io
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -31,6 +33,7 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 89_478_485  # of an image: a quarter of a gigabyte as RGB, from where Pillow warns too
 START_OF_SCAN, MAX_SCANS = b"\xff\xda", 100  # of a JPEG; progressive ones have about ten, and each costs a pass
+TESTS_ON_VAL = "the data has no test split: the val images are the test images"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -227,6 +230,7 @@ class ImageModule(DataModule):
         self.corruption, self.severity = corruption, severity
         self.corruptions = corruption_names(corruption, severity) if corruption else ()
         self.training_images: str | None = None  # which of them are kept, in words
+        self.tests_on_val = False  # whether the source has no test split
         self.mean, self.std = tuple(mean), tuple(std)
         self.class_names: list[str] | None = None
         self.images_to_predict: LabelledImages | None = None
@@ -248,8 +252,9 @@ class ImageModule(DataModule):
         splits["bank"] = self._samples(self._choose(data["train"], self.bank_size, "bank"))
         if "val" in data:
             splits["val"] = self._samples(self._choose(data["val"], self.max_val_samples, "val"), held_out=True)
-        if "test" in data:
-            splits["test"] = self._samples(data["test"], held_out=True)
+        self.tests_on_val = "test" not in data and "val" in data
+        if "test" in data or self.tests_on_val:
+            splits["test"] = self._samples(data["val" if self.tests_on_val else "test"], held_out=True)
         if self.on_bad_sample == "raise":
             for part in data.values():
                 part.images[0]  # an unreadable set should stop here, not in a worker
@@ -300,7 +305,9 @@ class ImageModule(DataModule):
         return self._with_bank("val") if "val" in self.splits else []
 
     def test_dataloader(self) -> list[Loader]:
-        """[bank, test images]."""
+        """[bank, test images], which are all validation images where the source has none of its own."""
+        if self.tests_on_val:
+            rank_zero_info(TESTS_ON_VAL)
         return self._with_bank("test")
 
     def _with_bank(self, split: str) -> list[Loader]:
@@ -312,9 +319,11 @@ class ImageModule(DataModule):
     def describe(self) -> dict[str, str | int]:
         chosen = {"training_images": self.training_images} if self.training_images else {}
         held_out = {"corruption": f"{self.corruption}, severity {self.severity}"} if self.corruption else {}
+        judged = {"test_images": TESTS_ON_VAL} if self.tests_on_val else {}
         return {
             **super().describe(),
             **chosen,
+            **judged,
             **held_out,
             "bank_samples": self._size("bank"),
             "image_size": self.image_size,

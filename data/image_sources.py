@@ -221,9 +221,10 @@ def _digest(*tensors: Tensor) -> str:
 def read_folder(folder: str, channels: int, fractions: dict[str, float]) -> Source:
     """Image files in a folder.
 
-    Either `folder/train`, `folder/val`, `folder/test` (of the last two a missing one is split off train), or one tree.
-    A tree holds one folder for each class, or images only, which then have no label. Splits go by a hash of the
-    path, so that an image stays on its side when others are added.
+    Either `folder/train`, `folder/val`, `folder/test`, or one tree. A missing `val` is split off train, a missing
+    `test` only where `val` is missing too: who gives both train and val has said what is trained on. A tree holds one
+    folder for each class, or images only, which then have no label. Splits go by a hash of the path, so that an image
+    stays on its side when others are added.
 
     Raises:
         UserError: missing or empty folder, empty file, a class that training lacks.
@@ -235,7 +236,8 @@ def read_folder(folder: str, channels: int, fractions: dict[str, float]) -> Sour
     trees = {"train" if path == root else path.name: (path, _image_files(path)) for path in given}
     base, names = trees["train"]
     classes = sorted({name for name in map(_class_of, names) if name})
-    missing = {name: fractions[name] for name in ("val", "test") if name not in trees}
+    wanted = () if "val" in trees else ("val", "test")
+    missing = {name: fractions[name] for name in wanted if name not in trees}
     chosen = split_names(names, missing.get("val", 0.0), missing.get("test", 0.0))
     for split in ("train", *missing):
         trees[split] = (base, [names[i] for i in chosen[split]])

@@ -18,7 +18,7 @@ class Images(ImageModule):
         image_size: side of a full view, pixels; None: the source's own (28, 28, 32), 224 for a folder.
         channels: 1 or 3; None: the source's own (1, 1, 3), 3 for a folder. Images are converted.
         val_fraction: share of the images for validation where the source has no such split.
-        test_fraction: the same for testing.
+        test_fraction: the same for testing, but of a folder with train/ and val/ nothing is split off.
         mean, std: of each channel in [0, 1]; None: known statistics of the source, ImageNet's for a folder.
         options: `ImageModule`'s.
 

@@ -45,7 +45,7 @@ def write_image_shards(
         image_size: resize the shorter side, crop the centre, store PNG; None keeps images as they are.
         root: folder of the local copy of Fashion-MNIST or CIFAR-10.
         val_fraction: share of the images for validation where the source has no such split.
-        test_fraction: the same for testing.
+        test_fraction: the same for testing, but of a folder with train/ and val/ nothing is split off.
         split_seed: of the split and of the order.
 
     Returns:

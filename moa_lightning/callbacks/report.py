@@ -122,8 +122,9 @@ def describe_data(facts: dict[str, Any]) -> str:
     splits = [f"{facts[f'{split}_samples']:,} {split}" for split in ("train", "val", "test")]
     kept = f", training on {facts['training_images']}" if "training_images" in facts else ""
     held_out = f", held-out images under {facts['corruption']}" if "corruption" in facts else ""
+    judged = f", {facts['test_images']}" if "test_images" in facts else ""
     sha256 = str(facts.get("sha256", "unknown"))[:12]
-    return f"{name} {source}: {', '.join(splits)} samples{kept}{held_out}, sha256 {sha256}"
+    return f"{name} {source}: {', '.join(splits)} samples{kept}{held_out}{judged}, sha256 {sha256}"
 
 
 def describe_length(trainer: L.Trainer, batch_size: int) -> str:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +15,7 @@ from torchvision.io import write_png
 
 from data import Images, SingleView, View
 from data.image_sources import SEARCHED, stratified_split
+from moa_lightning.callbacks.report import describe_data
 from moa_lightning.errors import UserError
 from tests.data.conftest import picture, write_pictures
 
@@ -150,12 +152,21 @@ def test_split_folders_are_respected(tmp_path):
     for split, count in (("train", 12), ("val", 5)):
         write_pictures(tmp_path / split / "a", count)
         write_pictures(tmp_path / split / "b", count)
-    module = folder_images(tmp_path, test_fraction=0.2)
+    module = folder_images(tmp_path, max_val_samples=3)
     parts = module.read()
-    assert len(parts["val"].labels) == 10
+    assert {name: len(part.labels) for name, part in parts.items()} == {"train": 24, "val": 10}  # all of train/
     assert {Path(path).parent.parent.name for path in parts["val"].images.paths} == {"val"}
-    assert len(parts["train"].labels) + len(parts["test"].labels) == 24
-    assert not set(parts["train"].images.paths) & set(parts["test"].images.paths)
+    assert (module.train_samples, module.val_samples, len(module.splits["test"])) == (24, 3, 10)
+    assert set(module.splits["test"].images.paths) == set(parts["val"].images.paths)
+    assert "the val images are the test images" in describe_data(module.describe())
+    write_pictures(tmp_path / "test" / "a", 7)
+    module = folder_images(tmp_path)
+    assert [len(module.splits[name]) for name in ("train", "val", "test")] == [24, 10, 7]
+    assert "test images" not in describe_data(module.describe())
+    shutil.rmtree(tmp_path / "val")  # what is missing and not said is split off
+    parts = folder_images(tmp_path, val_fraction=0.2).read()
+    assert len(parts["train"].labels) + len(parts["val"].labels) == 24 > len(parts["train"].labels)
+    assert len(parts["test"].labels) == 7
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):

@@ -141,6 +141,7 @@ def test_shards_feed_the_same_batches_as_every_other_source(image_shards, as_ran
             assert torch.equal(mine["views"][0], batch["views"][0][3 * rank : 3 * rank + 3])
     bank, query = whole.val_dataloader()
     assert sum(len(batch["id"]) for batch in query) == sum(len(batch["id"]) for batch in bank) == 30
+    assert sum(len(batch["id"]) for batch in whole.test_dataloader()[1]) == 30  # without test shards, those of val
 
 
 def test_text_shards_are_one_string_joined_by_nul(text_shards):

@@ -179,6 +179,8 @@ def test_imagenet_is_evaluated_as_usual(place: str) -> None:
     data = settings("mae_vit_b16", place).data
     assert (data.image_size, round(data.image_size / data.crop_ratio)) == (224, 256)
     assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert data.max_val_samples == 10000  # while pre-training goes on; a fine-tuned net is judged by all 50,000
+    assert settings("finetune_vit_b16", place).data.max_val_samples is None
 
 
 def encoder_parameters(width: int, depth: int) -> int:
