@@ -20,6 +20,7 @@ from moa_lightning.errors import UserError
 Encoding = Literal["bytes", "utf-8"]
 NO_UTF8 = "repair it, or choose data.encoding bytes or data.on_bad_sample skip"
 SPLITS = ("train", "val", "test")
+_MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -68,11 +69,15 @@ def file_documents(source: str | Sequence[str]) -> list[Document]:
 
 
 def expand_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths, folders and globs name, each once, sorted. Errors as in `file_documents`."""
-    paths = sorted({path.resolve() for pattern in patterns for path in _expand(pattern)})
-    if not paths:
+    """The files that paths, folders and globs name, sorted; of several names for a file the first. The names are those
+    given and not what links lead to: their endings say what is inside. Errors as in `file_documents`."""
+    given = sorted(path.absolute() for pattern in patterns for path in _expand(pattern))
+    if not given:
         raise UserError("no text files were given: name a file, a folder or a glob")
-    return paths
+    named: dict[Path, Path] = {}
+    for path in given:
+        named.setdefault(path.resolve(), path)
+    return list(named.values())
 
 
 def read_corpus(source: str | Sequence[str], encoding: Encoding = "bytes", on_bad: OnBadSample = "raise") -> Corpus:
@@ -80,7 +85,7 @@ def read_corpus(source: str | Sequence[str], encoding: Encoding = "bytes", on_ba
 
     Args:
         source: "stdlib", or what `file_documents` takes.
-        encoding: "bytes" takes every file, "utf-8" only what is valid UTF-8.
+        encoding: "bytes" takes every file that is not packed, "utf-8" only what is valid UTF-8.
         on_bad: with "skip" files that are not are left out, with "raise" they are fatal.
 
     Raises:
@@ -89,16 +94,29 @@ def read_corpus(source: str | Sequence[str], encoding: Encoding = "bytes", on_ba
     found = stdlib_documents() if source in ("stdlib", ["stdlib"]) else file_documents(source)
     documents, bad = [], []
     for document in found:
-        place = None if encoding == "bytes" else invalid_utf8(document.content)
-        if place is None:
+        fault = _fault(document.content, encoding)
+        if fault is None:
             documents.append(document)
         elif on_bad == "raise":
-            raise UserError(f"text file {document.name!r} is not UTF-8 at byte {place}: {NO_UTF8}")
+            raise UserError(f"text file {document.name!r} {fault}")
         else:
             bad.append(document.name)
     if not documents:
         raise UserError(f"text source {source!r} holds no text: every file in it is empty{' or bad' if bad else ''}")
     return Corpus(documents, bad)
+
+
+def _fault(content: bytes, encoding: Encoding) -> str | None:
+    """What is wrong with the content of a text file, in words."""
+    if packing := packing_of(content):
+        return f"holds {packing} and no plain text: unpack it, or write token files with moa data tokens"
+    place = None if encoding == "bytes" else invalid_utf8(content)
+    return None if place is None else f"is not UTF-8 at byte {place}: {NO_UTF8}"
+
+
+def packing_of(beginning: bytes) -> str | None:
+    """How a file is packed, by its first bytes; None where they are not those of gzip, zstd or Parquet."""
+    return next((name for magic, name in _MAGIC.items() if beginning.startswith(magic)), None)
 
 
 def invalid_utf8(content: bytes) -> int | None:

@@ -1,7 +1,8 @@
 """Documents one after another, from plain files, JSON lines, Parquet columns and WebDataset shards, in bounded memory.
 
-The ending of a file says its kind: .jsonl or .ndjson (also .gz, .zst), .parquet, .tar; everything else is one document
-of plain text. A document comes in pieces of at most PIECE bytes, cut after a line where that changes no token of a
+The ending of a file's name says its kind, as it was given, whatever a link leads to: .jsonl, .ndjson or .json for an
+object a line, as C4 and Dolma have them (also .gz, .zst), .parquet, .tar; everything else is one document of plain text
+(.txt also .gz, .zst), unless its first bytes are those of a packed file. A document comes in pieces of at most PIECE bytes, cut after a line where that changes no token of a
 byte-level tokenizer, so a file of any size is read without holding it. What is bad goes to a callback, which decides
 whether it is fatal.
 """
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from data.documents import expand_files, stdlib_files
+from data.documents import expand_files, packing_of, stdlib_files
 from data.faults import BadSample, OnBadSample
 from data.shards import ShardMembers
 from moa_lightning.errors import UserError
@@ -25,7 +26,8 @@ PIECE = 256 * 1024  # bytes
 LONGEST_LINE = 64 * 1024 * 1024  # bytes, of JSON
 ROWS = 64  # of a Parquet file at a time
 _BREAK = re.compile(rb"(?<=\S)\n(?=\S)")
-_JSON = (".jsonl", ".ndjson")
+_JSON = (".jsonl", ".ndjson", ".json")
+_COMPRESSED = (".gz", ".zst")
 _NAMED = 3  # bad documents that a message lists
 
 
@@ -68,13 +70,16 @@ def documents(source: Sequence[str], text_field: str, needs_text: bool, bad: Bad
     """
     for path in stdlib_files() if list(source) == ["stdlib"] else expand_files(source):
         name = path.name.lower()
-        kind = name.removesuffix(".gz").removesuffix(".zst")
+        kind = path.stem.lower() if name.endswith(_COMPRESSED) else name
         if kind.endswith(_JSON):
             found = _json_lines(path, text_field, bad)
         elif name.endswith(".parquet"):
             found = _parquet(path, text_field, bad)
         elif name.endswith(".tar"):
             found = _members(path, needs_text, bad)
+        elif name != kind and not kind.endswith(".txt"):
+            bad.add(f"'{path}' is compressed, and only .txt, .json, .jsonl and .ndjson may be: unpack it")
+            continue
         else:
             yield from _plain(path, needs_text, bad)
             continue
@@ -106,18 +111,24 @@ def cut_place(content: bytes) -> int:
 
 def _plain(path: Path, needs_text: bool, bad: Bad) -> Iterator[Text]:
     try:
-        if needs_text and (place := _invalid(path)) is not None:
+        with _open(path) as file:
+            beginning = file.read(PIECE)
+            while path.suffix.lower() in _COMPRESSED and file.read(PIECE):  # what is cut off shows at the end
+                pass
+        if packing := packing_of(beginning):
+            bad.add(f"text file '{path}' holds {packing} and no plain text, as its name has it")
+        elif needs_text and (place := _invalid(path)) is not None:
             bad.add(f"text file '{path}' is not UTF-8 at byte {place}")
-        elif path.stat().st_size:
+        elif beginning:
             yield Text(str(path), _file_pieces(path))
-    except OSError as error:
-        bad.add(f"text file '{path}' cannot be read ({error.strerror})")
+    except (OSError, EOFError, zlib.error, _zstd_error()) as error:
+        bad.add(f"text file '{path}' cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def _invalid(path: Path) -> int | None:
     """The byte at which a file stops being UTF-8; None where all of it is."""
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as file:
+    with _open(path) as file:
         while True:
             block = file.read(PIECE)
             kept = len(decoder.getstate()[0])
@@ -131,7 +142,7 @@ def _invalid(path: Path) -> int | None:
 
 
 def _file_pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         content = b""
         while block := file.read(PIECE):
             *whole, content = cut(content + block)
@@ -142,7 +153,7 @@ def _file_pieces(path: Path) -> Iterator[bytes]:
 def _json_lines(path: Path, field: str, bad: Bad) -> Iterator[tuple[str, bytes]]:
     number = 0
     try:
-        with _open_lines(path) as file:
+        with _open(path) as file:
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
                 where = f"'{path}' line {number}"
@@ -179,7 +190,8 @@ def _utf8(text: str, where: str, bad: Bad) -> bytes | None:
         return None
 
 
-def _open_lines(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes]:
+    """A file's content, unpacked where its name ends so."""
     if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.name.lower().endswith(".zst"):

@@ -133,13 +133,40 @@ def test_all_kinds_of_sources_give_the_same_documents(tmp_path):
     texts = lines(tmp_path, 5)
     content = (tmp_path / "a.jsonl").read_bytes()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "c4.json.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "blob").write_bytes(content)
+    (tmp_path / "snapshot.json").symlink_to(tmp_path / "blob")  # as Hugging Face's cache has its files
     write_tar(tmp_path / "c.tar", [(f"{n}.txt", text.encode()) for n, text in enumerate(texts)])
     (tmp_path / "d").mkdir()
     for n, text in enumerate(texts):
         (tmp_path / "d" / f"{n}.txt").write_text(text)
-    for name in ("a.jsonl", "b.jsonl.gz", "c.tar", "d"):
+    (tmp_path / "e").mkdir()
+    for n, text in enumerate(texts):
+        (tmp_path / "e" / f"{n}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("a.jsonl", "b.jsonl.gz", "c4.json.gz", "snapshot.json", "c.tar", "d", "e"):
         found = [b"".join(text.pieces).decode() for text in documents([str(tmp_path / name)], "text", True, Bad())]
         assert found == texts, name
+
+
+@pytest.mark.parametrize("needs_text", [True, False])
+def test_packed_files_are_never_taken_for_plain_text(tmp_path, needs_text):
+    """Compressed bytes are valid input of a tokenizer of bytes."""
+    packed = gzip.compress(TEXT.encode() * 300)
+    files = {
+        "a.tar.gz": (packed, "is compressed, and only .txt"),
+        "b.txt": (packed, "holds gzip and no plain text"),
+        "c": (b"\x28\xb5\x2f\xfd" + b"x" * 40, "holds zstd and no plain text"),
+        "d.txt": (b"PAR1" + b"x" * 40, "holds Parquet and no plain text"),
+        "e.txt.gz": (packed[:-9], "cannot be read"),
+    }
+    for name, (content, told) in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert told in message(lambda name=name: list(documents([str(tmp_path / name)], "text", needs_text, Bad())))
+    bad = Bad("skip")
+    assert not list(documents([str(tmp_path)], "text", needs_text, bad))
+    assert bad.count == len(files)
+    for name in ("b.txt", "c", "d.txt"):
+        assert "and no plain text: unpack it" in message(TextFiles(str(tmp_path / name), context_length=8).setup)
 
 
 def test_zst_and_parquet_where_their_packages_are(tmp_path, monkeypatch):
@@ -153,8 +180,12 @@ def test_zst_and_parquet_where_their_packages_are(tmp_path, monkeypatch):
     zstandard, arrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "a.jsonl").read_bytes()))
-    parquet.write_table(arrow.table({"body": texts}), tmp_path / "c.parquet")
+    content = (tmp_path / "a.jsonl").read_bytes()
+    frames = [zstandard.compress(content[:50]), zstandard.compress(content[50:])]  # as parallel compressors write them
+    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames))
+    parquet.write_table(arrow.table({"body": texts}), tmp_path / "blob")
+    (tmp_path / "c.parquet").unlink()
+    (tmp_path / "c.parquet").symlink_to(tmp_path / "blob")
     for name, field in (("b.jsonl.zst", "text"), ("c.parquet", "body")):
         found = [b"".join(text.pieces).decode() for text in documents([str(tmp_path / name)], field, True, Bad())]
         assert found == texts
