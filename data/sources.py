@@ -2,9 +2,9 @@
 
 The ending of a file's name says its kind, as it was given, whatever a link leads to: .jsonl, .ndjson or .json for an
 object a line, as C4 and Dolma have them (also .gz, .zst), .parquet, .tar; everything else is one document of plain text
-(.txt also .gz, .zst), unless its first bytes are those of a packed file. A document comes in pieces of at most PIECE bytes, cut after a line where that changes no token of a
-byte-level tokenizer, so a file of any size is read without holding it. What is bad goes to a callback, which decides
-whether it is fatal.
+(.txt also .gz, .zst), unless its first bytes are those of a packed file. A document comes in pieces of at most PIECE
+bytes, cut after a line where that changes no token of a byte-level tokenizer, so a file of any size is read without
+holding it. What is bad goes to a callback, which decides whether it is fatal.
 """
 
 import codecs
@@ -197,7 +197,8 @@ def _open(path: Path) -> IO[bytes]:
     if path.name.lower().endswith(".zst"):
         import io
 
-        return io.BufferedReader(_package("zstandard", path).open(path, "rb"), PIECE)
+        decompressor = _package("zstandard", path).ZstdDecompressor()
+        return io.BufferedReader(decompressor.stream_reader(path.open("rb"), read_across_frames=True), PIECE)
     return path.open("rb")
 
 
