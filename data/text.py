@@ -199,8 +199,11 @@ class TokenModule(DataModule):
 
     @cached_property
     def token_bytes(self) -> Tensor:
-        """Bytes that each token stands for: int64 (vocab_size,), 0 for special tokens."""
-        return torch.tensor([len(piece) for piece in self.tokenizer.pieces])
+        """Bytes that each token counts in bits per byte: int64 (vocab_size,), 0 for special tokens, but 1 for the one
+        between documents, whatever its name: bytes have NUL there, and every tokenizer predicts the same text."""
+        lengths = torch.tensor([len(piece) for piece in self.tokenizer.pieces])
+        lengths[self.tokenizer.separator] = 1
+        return lengths
 
     def encode(self, text: str) -> list[int]:
         """Text to tokens."""

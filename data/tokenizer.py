@@ -1,9 +1,11 @@
 """Tokenizers: bytes, a byte-level BPE that is trained here, and any tokenizer.json whose tokens are pieces of text.
 
 Every token id has its bytes, read from the vocabulary once: decoding joins them, and their lengths make bits per byte
-right for any tokenizer. So a tokenizer that throws text away (lower case, lost spaces) is refused. Two families say
-their bytes: byte-level ones (GPT-2, Llama 3: a character of a token stands for one byte) and SentencePiece's (Llama 2:
-a low line for a space, <0x0A> for a byte). The name of a special token that stands in a text is text like any other.
+right for any tokenizer. So a tokenizer that changes text (lower case, Unicode's normal forms, lost spaces) is refused,
+and none puts a space before a text, as Llama 2's file asks for: the bytes of the tokens are those of the text. Two
+families say their bytes: byte-level ones (GPT-2, Llama 3: a character of a token stands for one byte) and
+SentencePiece's (Llama 2: a low line for a space, <0x0A> for a byte). The name of a special token that stands in a text
+is text like any other.
 """
 
 import hashlib
@@ -23,6 +25,7 @@ NUL = "\0"  # what the tokenizer of bytes has between two texts
 # what tokenizers call the token between two texts, by falling rank
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 _SPACE = "\u2581"  # SentencePiece's space
+_DROPPING = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")  # split where they drop spaces
 LEAST_BPE = 257  # bytes and the end of text
 MOST_TOKENS = 2**24
 
@@ -79,10 +82,10 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A tokenizer.json of the package tokenizers.
+    """A tokenizer.json of the package tokenizers, without the space that it may put before a text.
 
     Raises:
-        UserError: no such file, no tokenizer, or one whose tokens have no bytes or no end of text.
+        UserError: no such file, no tokenizer, one that changes text, or whose tokens have no bytes or no end of text.
     """
 
     needs_text = True
@@ -99,11 +102,14 @@ class JsonTokenizer:
             raise UserError(
                 f"tokenizer '{path}' is not a tokenizer.json ({_first_line(error)}): give another"
             ) from error
+        self.pieces = _pieces(path, self.library, parts)
+        exact = _exact(path, parts)
+        if exact != parts:
+            self.library = Library.from_str(json.dumps(exact))
         self.library.no_truncation()
         self.library.no_padding()
         self.library.encode_special_tokens = True
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.pieces = _pieces(path, self.library, parts)
         ends = (self.library.token_to_id(end) for end in _ENDS)
         separator = next((end for end in ends if end is not None), None)
         if separator is None:
@@ -117,7 +123,7 @@ class JsonTokenizer:
         return [np.array(one.ids, dtype=np.int64) for one in encoded]
 
     def as_json(self) -> dict[str, Any]:
-        """The file itself, less what cuts a text, fills it up or adds tokens around it."""
+        """The file itself, less what cuts a text, fills it up or adds a space before or tokens around it."""
         return {**json.loads(self.library.to_str()), "post_processor": None}
 
 
@@ -182,6 +188,55 @@ def _pieces(path: str, library: Any, parts: dict[str, Any]) -> list[bytes]:
         else:
             pieces[number] = piece(token)
     return pieces
+
+
+def _exact(path: str, parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a tokenizer without the space before a text, and without a decoder that takes one away.
+
+    Raises:
+        UserError: there is a part that changes text, so that the bytes of tokens would not be those of the text.
+    """
+    normalizers, splitters = _flat(parts.get("normalizer")), _flat(parts.get("pre_tokenizer"))
+    changing = [part["type"] for part in normalizers if part["type"] != "Prepend" and not _writes_spaces(part)]
+    dropping = [part["type"] for part in splitters if part["type"] in _DROPPING or part.get("behavior") == "Removed"]
+    if changing or dropping:
+        raise UserError(
+            f"tokenizer '{path}' changes text ({', '.join(changing + dropping)}), so bits per byte would be wrong: "
+            "give one that keeps every character, or train one with moa data tokenizer"
+        )
+    kept = {name: _without_prefix(parts[name]) for name in ("normalizer", "pre_tokenizer", "decoder") if name in parts}
+    return {**parts, **kept}
+
+
+def _writes_spaces(part: dict[str, Any]) -> bool:
+    """Whether a normalizer is SentencePiece's, which spells spaces in another way and nothing else."""
+    return part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == _SPACE
+
+
+def _parts_key(part: dict[str, Any]) -> str | None:
+    """Where a sequence holds its parts."""
+    return next((key for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
+
+
+def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A part, or the parts of a sequence."""
+    if part is None:
+        return []
+    key = _parts_key(part)
+    return [each for inner in part[key] for each in _flat(inner)] if key else [part]
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A part that puts nothing before a text and takes nothing from its beginning; None for one that does only that."""
+    if part is None or part["type"] == "Prepend" or (part["type"] == "Strip" and part.get("content") == " "):
+        return None
+    if key := _parts_key(part):
+        return {**part, key: [kept for each in part[key] if (kept := _without_prefix(each)) is not None]}
+    if part["type"] == "ByteLevel":
+        return {**part, "add_prefix_space": False}
+    if part["type"] == "Metaspace":
+        return {name: value for name, value in part.items() if name != "add_prefix_space"} | {"prepend_scheme": "never"}
+    return part
 
 
 def _piece_of(path: str, parts: dict[str, Any]) -> Any:

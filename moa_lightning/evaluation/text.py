@@ -1,8 +1,9 @@
 """Loss, perplexity and bits per byte of a language model on held-out text.
 
 Bits per byte = total negative log-likelihood / (ln 2 · total bytes) compares models with any tokenizer, because the
-bytes of a text do not depend on how it was cut. Sums are kept in float64 and added over processes before the division,
-so ranks with different numbers of tokens, or none, are weighted rightly.
+bytes of a text do not depend on how it was cut. The token between two documents is predicted like any other and counts
+as one byte, as the NUL does that stands there in a text of bytes. Sums are kept in float64 and added over processes
+before the division, so ranks with different numbers of tokens, or none, are weighted rightly.
 """
 
 import math
@@ -29,7 +30,7 @@ class TextMetrics(Metric):
         """Args:
         nll: negative log-likelihood per target in nats, any shape; ignored where the target is negative.
         targets: int64 token ids of that shape.
-        token_bytes: int64 (vocab,), bytes that each token stands for.
+        token_bytes: int64 (vocab,), bytes that each token counts.
         """
         counted = targets >= 0
         self.nll += nll[counted].double().sum()

@@ -61,7 +61,7 @@ def test_a_tokenizer_gives_back_the_text_and_its_bytes(bpe, tmp_path, kind):
         assert module.token_bytes[tokens].sum() == len(text.encode())
     assert module.vocab_size == len(module.token_bytes) == (400 if kind == "bpe" else 256)
     if kind == "bpe":
-        assert module.token_bytes[module.tokenizer.separator] == 0
+        assert module.tokenizer.pieces[module.tokenizer.separator] == b""
         assert module.tokenizer.separator not in module.encode(END_OF_TEXT)  # a name in a text is text
         library = Tokenizer.from_file(bpe)
         assert module.encode(TEXT) == library.encode(TEXT).ids
@@ -81,6 +81,69 @@ def test_a_tokenizer_of_sentence_pieces_kind(tmp_path):
     assert tokens[0] == 4
     assert tokenizer.separator == 1
     assert tokenizer.pieces[1] == b""
+
+
+def sentence_pieces(folder: Path, name: str, **parts) -> str:
+    """A tokenizer.json of Llama 2's kind with other parts."""
+    vocabulary = {"</s>": 0, "\u2581": 1, "a": 2, "\u2581a": 3} | {f"<0x{b:02X}>": 4 + b for b in range(256)}
+    library = Tokenizer(models.BPE(vocabulary, [("\u2581", "a")], byte_fallback=True))
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    for part, value in parts.items():
+        setattr(library, part, value)
+    library.add_special_tokens(["</s>"])
+    library.save(str(folder / name))
+    return str(folder / name)
+
+
+def as_spaces(*first):
+    return normalizers.Sequence([*first, normalizers.Replace(" ", "\u2581")])
+
+
+def test_no_tokenizer_puts_a_space_before_a_text(bpe, tmp_path):
+    """As Llama 2's file does, one of Metaspace, and old ones of bytes: a document would have one byte more."""
+    library = Tokenizer.from_file(bpe)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    library.save(str(tmp_path / "bytes.json"))
+    assert len(library.encode("a").ids) == 2
+    paths = [
+        str(tmp_path / "bytes.json"),
+        sentence_pieces(tmp_path, "prepend.json", normalizer=as_spaces(normalizers.Prepend("\u2581"))),
+        sentence_pieces(tmp_path, "meta.json", pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first")),
+    ]
+    for path in paths:
+        tokenizer = open_tokenizer(path)
+        exported = Tokenizer.from_str(json.dumps(tokenizer.as_json()))
+        for text in ("a", " a aé", "", "  "):
+            (tokens,) = tokenizer.encode([text.encode()])
+            assert b"".join(tokenizer.pieces[token] for token in tokens) == text.encode(), path
+            assert exported.encode(text).ids == tokens.tolist()
+            assert exported.decode(tokens.tolist()) == text
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({"normalizer": as_spaces(normalizers.Lowercase())}, "Lowercase"),
+        ({"normalizer": as_spaces(normalizers.StripAccents())}, "StripAccents"),
+        ({"normalizer": as_spaces(normalizers.NFKC())}, "NFKC"),
+        ({"normalizer": normalizers.Replace("a", "\u2581")}, "Replace"),
+        ({"normalizer": as_spaces(), "pre_tokenizer": pre_tokenizers.WhitespaceSplit()}, "WhitespaceSplit"),
+        ({"normalizer": as_spaces(), "pre_tokenizer": pre_tokenizers.Split("a", "removed")}, "Split"),
+    ],
+)
+def test_tokenizers_that_change_text_are_refused(tmp_path, parts, told):
+    assert f"changes text ({told})" in message(lambda: open_tokenizer(sentence_pieces(tmp_path, "t.json", **parts)))
+
+
+def test_the_token_between_documents_counts_alike(bpe, tmp_path):
+    texts = lines(tmp_path)
+    for name in ("bytes", bpe):
+        folder = tmp_path / Path(name).stem
+        write_tokens([str(tmp_path / "a.jsonl")], str(folder), name, 0.0, 0.0)
+        module = module_of(folder)
+        assert module.token_bytes[stream(module, "train")].sum() == sum(len(text.encode()) + 1 for text in texts)
 
 
 def test_training_a_tokenizer_is_deterministic(bpe, tmp_path):
