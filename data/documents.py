@@ -1,18 +1,22 @@
 """Where text comes from: the interpreter's own standard library, or any files; and how documents are split.
 
-The standard library is a corpus that every machine has: about 12 MB of Python 3.11 without its tests. A split goes by
-file, by a hash of the file's name, so that a file stays on its side when others come or go. Reading all of it takes
-well under a second from a warm disk, so nothing is cached.
+The standard library is a corpus that every machine has: about 12 MB of Python 3.11 without its tests. Reading all of it
+takes well under a second from a warm disk, so nothing is cached. A split goes by file: in the standard library by a
+hash of the file's name, elsewhere by one of the text's beginning, as in token files. So a file stays on its side when
+others come or go, when it moves, and when another folder is named beside its own.
 """
 
 import codecs
 import glob
 import hashlib
 import os
+import re
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
+
+import numpy as np
 
 from data.faults import OnBadSample
 from moa_lightning.errors import UserError
@@ -20,15 +24,19 @@ from moa_lightning.errors import UserError
 Encoding = Literal["bytes", "utf-8"]
 NO_UTF8 = "repair it, or choose data.encoding bytes or data.on_bad_sample skip"
 SPLITS = ("train", "val", "test")
+PIECE = 256 * 1024  # bytes
+_BREAK = re.compile(rb"(?<=\S)\n(?=\S)")
 _MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class Document(NamedTuple):
-    """A text and the name that decides its split."""
+    """A text."""
 
     name: str
     content: bytes
+    place: float
+    """in [0, 1), decides its split"""
 
 
 class Corpus(NamedTuple):
@@ -54,7 +62,8 @@ def _library() -> Path:
 def stdlib_documents() -> list[Document]:
     """The files of `stdlib_files`."""
     root = _library()
-    return _read([(path.relative_to(root).as_posix(), path) for path in stdlib_files()])
+    found = _read([(path.relative_to(root).as_posix(), path) for path in stdlib_files()])
+    return [Document(name, content, place_of(encoded(name))) for name, content in found]
 
 
 def file_documents(source: str | Sequence[str]) -> list[Document]:
@@ -65,7 +74,8 @@ def file_documents(source: str | Sequence[str]) -> list[Document]:
     """
     paths = expand_files([source] if isinstance(source, str) else source)
     base = Path(os.path.commonpath([path.parent for path in paths]))
-    return _read([(path.relative_to(base).as_posix(), path) for path in paths])
+    found = _read([(path.relative_to(base).as_posix(), path) for path in paths])
+    return [Document(name, content, place_of(next(cut(content)))) for name, content in found]
 
 
 def expand_files(patterns: Sequence[str]) -> list[Path]:
@@ -158,8 +168,8 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _read(files: Iterable[tuple[str, Path]]) -> list[Document]:
-    """The files that are not empty, sorted by name."""
+def _read(files: Iterable[tuple[str, Path]]) -> list[tuple[str, bytes]]:
+    """Name and content of the files that are not empty, sorted by name."""
     documents = []
     for name, path in sorted(files):
         try:
@@ -167,14 +177,35 @@ def _read(files: Iterable[tuple[str, Path]]) -> list[Document]:
         except OSError as error:
             raise UserError(f"text file {str(path)!r} cannot be read ({error.strerror}): check it") from error
         if content:
-            documents.append(Document(name, content))
+            documents.append((name, content))
     return documents
+
+
+def cut(content: bytes) -> Iterator[bytes]:
+    """Pieces of at most PIECE bytes."""
+    start = 0
+    while len(content) - start > PIECE:
+        place = start + cut_place(content[start : start + PIECE + 1])
+        yield content[start:place]
+        start = place
+    yield content[start:]
+
+
+def cut_place(content: bytes) -> int:
+    """Where to cut a text that goes on: after the last line break between two words, else before a character."""
+    found = [match.end() for match in _BREAK.finditer(content, len(content) // 2)]
+    if found:
+        return found[-1]
+    place = len(content) - 1
+    while place > len(content) - 4 and content[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
 
 
 def corpus_sha256(documents: Iterable[Document]) -> str:
     """A digest of names and contents, to tell whether two runs saw the same text."""
     digest = hashlib.sha256()
-    for name, content in documents:
+    for name, content, _ in documents:
         digest.update(encoded(f"{name}\0{len(content)}\0"))
         digest.update(content)
     return digest.hexdigest()
@@ -201,46 +232,59 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
         )
 
 
-def split_names(names: Sequence[str], val_fraction: float, test_fraction: float) -> dict[str, list[int]]:
-    """Positions of the names in each split, by a hash of the name.
+def place_of(content: bytes) -> float:
+    """A hash, seen as a number in [0, 1)."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
 
-    A name is in the test split when its hash, seen as a number in [0, 1), lies below `test_fraction`, in the validation
-    split when below the sum of both. A split that this leaves empty takes the next name in the order of hashes.
+
+def split_names(names: Sequence[str], val_fraction: float, test_fraction: float) -> dict[str, list[int]]:
+    """Positions of the names in each split, by a hash of the name; rule and errors as in `split_places`."""
+    chosen = split_places([place_of(encoded(name)) for name in names], val_fraction, test_fraction)
+    return {split: positions.tolist() for split, positions in chosen.items()}
+
+
+def split_places(places: Sequence[float], val_fraction: float, test_fraction: float) -> dict[str, np.ndarray]:
+    """Positions of the documents in each split, ascending int64 (n,), by their places in [0, 1).
+
+    A document is in the test split when its place lies below `test_fraction`, in the validation split when below the
+    sum of both. A split that this leaves empty takes the next document in the order of places.
 
     Raises:
         UserError: bad fractions, or nothing is left for training.
     """
     check_fractions(val_fraction, test_fraction)
-    place = [int.from_bytes(hashlib.blake2b(encoded(name), digest_size=8).digest(), "big") / 2**64 for name in names]
-    order = sorted(range(len(names)), key=place.__getitem__)
-    tests = max(sum(p < test_fraction for p in place), int(test_fraction > 0))
-    vals = max(sum(p < test_fraction + val_fraction for p in place) - tests, int(val_fraction > 0))
-    if tests + vals >= len(names):
-        raise UserError(f"{len(names)} files are too few to split into train, val and test: give more files")
-    return {
-        "test": sorted(order[:tests]),
-        "val": sorted(order[tests : tests + vals]),
-        "train": sorted(order[tests + vals :]),
-    }
+    place = np.asarray(places, np.float64)
+    order = np.argsort(place, kind="stable")
+    tests = max(int((place < test_fraction).sum()), int(test_fraction > 0))
+    vals = max(int((place < test_fraction + val_fraction).sum()) - tests, int(val_fraction > 0))
+    if tests + vals >= len(place):
+        raise UserError(f"{len(place)} files are too few to split into train, val and test: give more files")
+    parts = {"test": order[:tests], "val": order[tests : tests + vals], "train": order[tests + vals :]}
+    return {split: np.sort(part) for split, part in parts.items()}
+
+
+def cuts(length: int, val_fraction: float, test_fraction: float) -> list[int]:
+    """Where the splits of one text of that length begin, train, val and test, and its end."""
+    val, test = (round(length * (1 - held_out)) for held_out in (val_fraction + test_fraction, test_fraction))
+    return [0, val, test, length]
 
 
 def split_documents(
     documents: Sequence[Document], val_fraction: float, test_fraction: float
 ) -> dict[str, list[Document]]:
-    """Documents of each split: by name, or, where there are fewer than three, by position inside every document.
+    """Documents of each split: by place, or, where there are fewer than three, by position inside every document.
 
     By position the training text comes first, then validation, then test; with fractions 0.05 each a single file gives
     its first 90 %, then 5 %, then 5 %.
     """
     if len(documents) >= len(SPLITS):
-        chosen = split_names([document.name for document in documents], val_fraction, test_fraction)
+        chosen = split_places([document.place for document in documents], val_fraction, test_fraction)
         return {split: [documents[i] for i in chosen[split]] for split in SPLITS}
     check_fractions(val_fraction, test_fraction)
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    for name, content in documents:
-        val = round(len(content) * (1 - val_fraction - test_fraction))
-        test = round(len(content) * (1 - test_fraction))
-        for split, part in zip(SPLITS, (content[:val], content[val:test], content[test:]), strict=True):
-            if part:
-                parts[split].append(Document(name, part))
+    for name, content, place in documents:
+        bounds = cuts(len(content), val_fraction, test_fraction)
+        for split, start, stop in zip(SPLITS, bounds[:-1], bounds[1:], strict=True):
+            if start < stop:
+                parts[split].append(Document(name, content[start:stop], place))
     return parts

@@ -11,21 +11,18 @@ import codecs
 import gzip
 import importlib
 import json
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from data.documents import expand_files, packing_of, stdlib_files
+from data.documents import PIECE, cut, expand_files, packing_of, stdlib_files
 from data.faults import BadSample, OnBadSample
 from data.shards import ShardMembers
 from moa_lightning.errors import UserError
 
-PIECE = 256 * 1024  # bytes
 LONGEST_LINE = 64 * 1024 * 1024  # bytes, of JSON
 ROWS = 64  # of a Parquet file at a time
-_BREAK = re.compile(rb"(?<=\S)\n(?=\S)")
 _JSON = (".jsonl", ".ndjson", ".json")
 _COMPRESSED = (".gz", ".zst")
 _NAMED = 3  # bad documents that a message lists
@@ -86,27 +83,6 @@ def documents(source: Sequence[str], text_field: str, needs_text: bool, bad: Bad
         for document, content in found:
             if content:
                 yield Text(document, cut(content))
-
-
-def cut(content: bytes) -> Iterator[bytes]:
-    """Pieces of at most PIECE bytes."""
-    start = 0
-    while len(content) - start > PIECE:
-        place = start + cut_place(content[start : start + PIECE + 1])
-        yield content[start:place]
-        start = place
-    yield content[start:]
-
-
-def cut_place(content: bytes) -> int:
-    """Where to cut a text that goes on: after the last line break between two words, else before a character."""
-    found = [match.end() for match in _BREAK.finditer(content, len(content) // 2)]
-    if found:
-        return found[-1]
-    place = len(content) - 1
-    while place > len(content) - 4 and content[place] & 0xC0 == 0x80:
-        place -= 1
-    return place
 
 
 def _plain(path: Path, needs_text: bool, bad: Bad) -> Iterator[Text]:

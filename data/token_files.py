@@ -207,6 +207,9 @@ class TokenFiles(TextModule):
         if not path.is_dir():
             raise UserError(f"token files '{self.source}' do not exist: give a folder, or a .bin file")
         found = {split: sorted(glob.glob(f"{glob.escape(str(path))}/*{split}*.bin")) for split in SPLITS}
+        names = [path for paths in found.values() for path in paths]
+        if twice := next((path for path in names if names.count(path) > 1), None):
+            raise UserError(f"token file '{twice}' has the names of two splits, so it would be both: rename it")
         if not found["train"]:
             raise UserError(f"folder '{self.source}' holds no *train*.bin: write it with moa data tokens")
         return {split: paths for split, paths in found.items() if paths}

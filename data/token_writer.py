@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from data.documents import SPLITS, check_fractions
+from data.documents import SPLITS, check_fractions, cuts, place_of
 from data.faults import OnBadSample
 from data.sources import Bad, documents
 from data.tokenizer import BYTES, Tokenizer, open_tokenizer, train_bpe
@@ -159,8 +159,8 @@ def _pieces(
 
 
 def _split_of(beginning: bytes, val_fraction: float, test_fraction: float) -> str:
-    """By a hash of a document's first piece, seen as a number in [0, 1)."""
-    place = int.from_bytes(hashlib.blake2b(beginning, digest_size=8).digest(), "big") / 2**64
+    """By a hash of a document's first piece."""
+    place = place_of(beginning)
     return "test" if place < test_fraction else "val" if place < test_fraction + val_fraction else "train"
 
 
@@ -196,7 +196,7 @@ def _split_by_position(
             total += file.tokens
             with file.path.open("rb") as part:
                 shutil.copyfileobj(part, joined, BATCH_BYTES)
-    bounds = [0, round(total * (1 - val_fraction - test_fraction)), round(total * (1 - test_fraction)), total]
+    bounds = cuts(total, val_fraction, test_fraction)
     any_file = files["train"]
     parts = {split: SplitFile(folder, split, any_file.dtype, any_file.lengths) for split in SPLITS}
     with (folder / "all").open("rb") as joined:

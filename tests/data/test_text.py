@@ -123,7 +123,7 @@ def test_a_single_file_is_split_by_position(tmp_path):
     assert module.splits["val"][(0, 0)]["tokens"].tolist() == list((TEXT * 8)[9000:9100])
 
 
-def test_many_files_are_split_by_name_and_joined_by_nul(tmp_path):
+def test_many_files_are_split_and_joined_by_nul(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.txt").write_bytes(bytes([65 + number]) * 50)
     (tmp_path / ".hidden").write_bytes(b"z" * 1000)
@@ -145,8 +145,22 @@ def test_split_by_name_is_stable_when_files_come_and_go():
     assert 20 < len(before["val"]) < 60
 
 
+def test_a_file_keeps_its_split_when_another_folder_is_named_beside_its_own(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder / "deep").mkdir(parents=True)
+        for number in range(60):
+            (tmp_path / folder / "deep" / f"{number}.txt").write_text(f"{folder} {number}")
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    sources = ([one], [one, two], [f"{one}/deep/*"], [str(tmp_path)])
+    before, *after = (split_documents(file_documents(source), 0.2, 0.2) for source in sources)
+    for parts in after:
+        for split, documents in before.items():
+            texts = {document.content for document in parts[split]}
+            assert {text for text in texts if text.startswith(b"one")} == {document.content for document in documents}
+
+
 def test_three_files_give_each_split_one():
-    parts = split_documents([Document(name, b"text") for name in "abc"], 0.05, 0.05)
+    parts = split_documents([Document(name, b"text", 0.5) for name in "abc"], 0.05, 0.05)
     assert [len(parts[split]) for split in ("train", "val", "test")] == [1, 1, 1]
 
 

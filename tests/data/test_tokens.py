@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from data import TextFiles, TokenFiles
 from data.command import data_command
-from data.sources import PIECE, Bad, cut_place, documents
+from data.documents import PIECE, cut_place
+from data.sources import Bad, documents
 from data.token_files import HEADER_BYTES, find_tokens
 from data.token_writer import train_tokenizer, write_tokens
 from data.tokenizer import END_OF_TEXT, open_tokenizer
@@ -286,6 +287,8 @@ def test_files_of_nanogpt_and_llm_c(bpe, tmp_path, magic, version, dtype):
     module = module_of(tmp_path, tokenizer=bpe)
     assert stream(module, "train").tolist() == [*tokens, *((tokens + 1) % 400)]
     assert stream(module, "val").tolist() == tokens.tolist()
+    (tmp_path / "pretrain_val.bin").write_bytes(tokens.astype("<u2").tobytes())
+    assert "pretrain_val.bin' has the names of two splits" in message(lambda: module_of(tmp_path, tokenizer=bpe))
     across = module.splits["train"].source.read(290, 310)
     assert across.tolist() == stream(module, "train")[290:310].tolist()
     assert find_tokens(str(tmp_path / "x_train_000000.bin"), np.dtype("<u2")).offset == HEADER_BYTES
