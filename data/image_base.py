@@ -185,8 +185,8 @@ class ImageModule(DataModule):
         crop_ratio: in evaluation the shorter side is resized to image_size / crop_ratio and the centre is cropped.
         per_class: train on so many labelled images of each class; None takes all. The bank is taken from them.
         imbalance: the largest class over the smallest, with counts that fall geometrically from class 0 to the last.
-        split_seed: of that choice and, in packaged sets, of the splits; apart from `seed`, so that runs with other
-            seeds stay comparable.
+        subset_seed: of that choice of training images; apart from `seed`, so that runs with other seeds stay
+            comparable. Validation and test images do not depend on it.
         corruption: what held-out images suffer in evaluation: the name of a corruption, or noise, blur, weather,
             digital, shift or all, of which each image draws one; None: nothing. The bank stays clean.
         severity: of the corruption, 1 to 5.
@@ -206,7 +206,7 @@ class ImageModule(DataModule):
         crop_ratio: float = 1.0,
         per_class: int | None = None,
         imbalance: float = 1.0,
-        split_seed: int = 0,
+        subset_seed: int = 0,
         corruption: str | None = None,
         severity: int = 3,
         **options: Any,
@@ -226,7 +226,7 @@ class ImageModule(DataModule):
         self.transform = transform or SingleView()
         self.bank_size, self.max_val_samples = bank_size, max_val_samples
         self.crop_ratio = crop_ratio
-        self.per_class, self.imbalance, self.split_seed = per_class, imbalance, split_seed
+        self.per_class, self.imbalance, self.subset_seed = per_class, imbalance, subset_seed
         self.corruption, self.severity = corruption, severity
         self.corruptions = corruption_names(corruption, severity) if corruption else ()
         self.training_images: str | None = None  # which of them are kept, in words
@@ -245,7 +245,7 @@ class ImageModule(DataModule):
         highest = max(int(part.labels.max()) for part in data.values())
         self.num_classes = highest + 1 if highest >= 0 else None
         if self.per_class is not None or self.imbalance != 1:
-            how = (self.per_class, self.imbalance, self.split_seed)
+            how = (self.per_class, self.imbalance, self.subset_seed)
             data["train"] = data["train"].take(little_data(data["train"].labels, *how))
             self.training_images = describe_little(data["train"].labels, *how)
         splits: dict[str, Samples] = {"train": self._samples(data["train"], training=True)}

@@ -19,6 +19,8 @@ class Images(ImageModule):
         channels: 1 or 3; None: the source's own (1, 1, 3), 3 for a folder. Images are converted.
         val_fraction: share of the images for validation where the source has no such split.
         test_fraction: the same for testing, but of a folder with train/ and val/ nothing is split off.
+        split_seed: of the splits of packaged sets. Runs with other ones are not comparable, and a net that was
+            pre-trained with another one has seen test images.
         mean, std: of each channel in [0, 1]; None: known statistics of the source, ImageNet's for a folder.
         options: `ImageModule`'s.
 
@@ -35,6 +37,7 @@ class Images(ImageModule):
         channels: int | None = None,
         val_fraction: float = 0.15,
         test_fraction: float = 0.15,
+        split_seed: int = 0,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         **options: Any,
@@ -52,6 +55,7 @@ class Images(ImageModule):
         check_fractions(val_fraction, test_fraction)
         self.source, self.root, self.download = source, root, download
         self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.split_seed = split_seed
         self._described: dict[str, str | int] = {}
 
     def read(self) -> dict[str, LabelledImages]:

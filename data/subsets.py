@@ -62,4 +62,4 @@ def describe_little(labels: Tensor, per_class: int | None, imbalance: float, see
     counts = torch.bincount(labels)
     first, last = int(counts[0]), int(counts[-1])
     how = f"{first} of each class" if imbalance == 1 else f"{first} to {last} of a class, imbalance {imbalance:g}"
-    return f"{how}, split seed {seed}"
+    return f"{how}, subset seed {seed}"

@@ -27,17 +27,19 @@ def test_so_many_of_each_class_and_the_smaller_choice_inside_the_larger():
     assert torch.bincount(labels).tolist() == [5] * 10
     assert few < more
     assert (small.val_samples, small.describe()["bank_samples"]) == (750, 50)
-    assert small.describe()["training_images"] == "5 of each class, split seed 0"
+    assert small.describe()["training_images"] == "5 of each class, subset seed 0"
     assert torch.equal(small.splits["val"].labels, large.splits["val"].labels)
-    other = kept(per_class=5, split_seed=1)[1]
+    moved, other, _ = kept(per_class=5, subset_seed=1)
     assert len(other & few) < 25  # of images that are drawn anew: one in seventy
+    for split in ("val", "test"):  # a net that was pre-trained on all training images has seen none of them
+        assert torch.equal(moved.splits[split].images.indices, small.splits[split].images.indices)
 
 
 def test_a_long_tail_out_of_the_smallest_class_or_of_a_given_size():
     assert torch.bincount(kept(imbalance=10)[2]).tolist() == long_tail(350, 10, 10)
     module, _, labels = kept(per_class=100, imbalance=10)
     assert torch.bincount(labels).tolist() == long_tail(100, 10, 10)
-    assert module.describe()["training_images"] == "100 to 10 of a class, imbalance 10, split seed 0"
+    assert module.describe()["training_images"] == "100 to 10 of a class, imbalance 10, subset seed 0"
 
 
 @pytest.mark.parametrize(
