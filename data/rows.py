@@ -83,32 +83,40 @@ def class_name(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def label_of(record: Record, field: str) -> Any:
+    """What a field holds; None where the record has no such field, null or an empty cell in it: no label."""
+    value = record.values.get(field)
+    return None if value == "" else value
+
+
 def class_of(record: Record, field: str, classes: Sequence[str]) -> int | None:
-    """Which of the classes a field names; None where the record has no such field.
+    """Which of the classes a field names; None where the record has no label.
 
     Raises:
         UserError: none of them.
     """
-    if field not in record.values:
+    value = label_of(record, field)
+    if value is None:
         return None
-    name = class_name(record.values[field])
+    name = class_name(value)
     if name not in classes:
         raise UserError(f"{record.place} has the {field} {name!r}, which is none of {', '.join(classes)}")
     return classes.index(name)
 
 
 def number_of(record: Record, field: str) -> float | None:
-    """The number in a field; None where the record has no such field.
+    """The number in a field; None where the record has no label.
 
     Raises:
         UserError: something else is there.
     """
-    if field not in record.values:
+    given = label_of(record, field)
+    if given is None:
         return None
     try:
-        value = float(record.values[field])
+        value = float(given)
     except (TypeError, ValueError):
         value = float("nan")
     if value - value != 0:  # NaN and infinities
-        raise UserError(f"{record.place} has the {field} {record.values[field]!r}, which is no finite number")
+        raise UserError(f"{record.place} has the {field} {given!r}, which is no finite number")
     return value

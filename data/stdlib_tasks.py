@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from data.documents import Document, split_documents, stdlib_documents
 from data.labelled_text import Row, evenly
+from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
 
 PIECE = 126  # characters: with its end, or two halves with theirs, less than 129 tokens
@@ -42,7 +43,7 @@ class StdlibTask(NamedTuple):
 
 
 def read_stdlib(name: str, val_fraction: float, test_fraction: float) -> dict[str, list[Row]]:
-    """The rows of a task's splits. Errors as in split_documents."""
+    """The rows of a task's splits. Errors as in split_documents, and a split with too few files."""
     splits = split_documents(stdlib_documents(), val_fraction, test_fraction)
     return STDLIB_TASKS[name].rows({split: part for split, part in splits.items() if part})
 
@@ -87,10 +88,15 @@ def _next_rows(splits: Splits) -> dict[str, list[Row]]:
         found = {document.name: pieces(document) for document in documents}
         seconds = [(name, piece[half:]) for name, own in found.items() for piece in own]
         part = []
+        if sum(bool(own) for own in found.values()) < 2:
+            raise UserError(
+                f"the {split} split of stdlib_next has fewer than two files of {PIECE} characters or more, where texts "
+                "come from two files: raise its fraction"
+            )
         for name, own in found.items():
             for index, piece in enumerate(own[: len(own) // 2 * 2]):
                 follows, second = index % 2, (name, piece[half:])
-                while not follows and second[0] == name and len(found) > 1:
+                while not follows and second[0] == name:
                     second = draw.choice(seconds)
                 part.append(Row((piece[:half], second[1]), follows))
         rows[split] = part

@@ -6,7 +6,7 @@ from typing import Any
 
 from data.benchmarks import BENCHMARKS, read_benchmark
 from data.labelled_text import LabelledText, Row
-from data.rows import class_name, class_of, number_of, read_records, text_of
+from data.rows import class_name, class_of, label_of, number_of, read_records, text_of
 from data.stdlib_tasks import STDLIB_TASKS, read_stdlib
 from moa_lightning.errors import UserError
 
@@ -67,7 +67,8 @@ class LabelledFiles(LabelledText):
 
     Args:
         train: the file to train on.
-        val: for validation; test: for testing. None: none. A row without the label's field has no label.
+        val: for validation; test: for testing. None: none. A row without the label's field, or with null or an empty
+            cell there, has no label.
         texts: fields of the texts, one or several, in the order in which the net reads them.
         label: field of the label.
         numbers: labels are numbers, not classes.
@@ -105,8 +106,8 @@ class LabelledFiles(LabelledText):
     def read(self) -> dict[str, list[Row]]:
         if not self.numbers and not self.class_names:
             records = read_records(Path(self.files["train"]).expanduser())
-            values = [record.values[self.label] for record in records if self.label in record.values]
-            self.class_names = sorted({class_name(value) for value in values})
+            values = [label_of(record, self.label) for record in records]
+            self.class_names = sorted({class_name(value) for value in values if value is not None})
         if not self.numbers:
             self.num_classes = len(self.class_names)
             if self.num_classes < 2:

@@ -13,9 +13,9 @@ import torch
 
 import data
 from data.benchmarks import BENCHMARKS, EXPERT_CHOICE
-from data.documents import split_documents, stdlib_documents
+from data.documents import Document, split_documents, stdlib_documents
 from data.labelled_text import fitting
-from data.stdlib_tasks import PIECE, read_stdlib
+from data.stdlib_tasks import PIECE, STDLIB_TASKS, read_stdlib
 from moa_lightning.errors import UserError
 
 QUOTED = 'He said "no'  # one quote, which no reader may pair with a later one
@@ -186,12 +186,35 @@ def test_own_files_have_a_row_a_line(tmp_path: Path) -> None:
         (tmp_path / "train.jsonl").write_text(broken)
         with pytest.raises(UserError, match=words):
             data.LabelledFiles(**files, texts=["a", "b"], label="kind").setup()
-    table(tmp_path / "train.tsv", "text|score", "a|1.5", "b|")
-    with pytest.raises(UserError, match="line 3 has the score '', which is no finite number"):
+    table(tmp_path / "train.tsv", "text|score", "a|1.5", "b|nan")
+    with pytest.raises(UserError, match="line 3 has the score 'nan', which is no finite number"):
         data.LabelledFiles(str(tmp_path / "train.tsv"), label="score", numbers=True).setup()
     table(tmp_path / "train.tsv", "text|score", "a")
     with pytest.raises(UserError, match="line 2 has 1 cells for 2 columns"):
         data.LabelledFiles(str(tmp_path / "train.tsv"), label="score").setup()
+
+
+def test_null_and_empty_cells_are_no_label(tmp_path: Path) -> None:
+    labels = ["x", None, "y", ""]
+    rows = [{"text": "a", "label": label} for label in labels]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table(tmp_path / "a.tsv", "text|label", *(f"a|{label or ''}" for label in labels))
+    table(tmp_path / "numbers.tsv", "text|label", "a|1.5", "a|", "a|0")
+    for name in ("a.jsonl", "a.tsv"):
+        module = data.LabelledFiles(str(tmp_path / name), val=str(tmp_path / name), batch_size=1)
+        module.setup()
+        assert (module.num_classes, module.class_names) == (2, ["x", "y"])
+        assert [row.label for row in module.splits["val"].rows] == [0, None, 1, None]
+    module = data.LabelledFiles(str(tmp_path / "numbers.tsv"), numbers=True, batch_size=1)
+    module.setup()
+    assert [row.label for row in module.splits["train"].rows] == [1.5, None, 0.0]
+
+
+def test_the_next_text_needs_two_files_that_have_texts() -> None:
+    """With one there is no other file to take a text from, and the search for it had no end."""
+    long, short = Document("a", b"word " * 100, 0.1), Document("b", b"too short", 0.2)
+    with pytest.raises(UserError, match="val split of stdlib_next has fewer than two files"):
+        STDLIB_TASKS["stdlib_next"].rows({"val": [long, short]})
 
 
 @pytest.mark.parametrize(
