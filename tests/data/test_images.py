@@ -13,8 +13,9 @@ import torch
 import torchvision
 from torchvision.io import write_png
 
-from data import Images, SingleView, View
+from data import Images, ImageShards, SingleView, View
 from data.image_sources import SEARCHED, stratified_split
+from data.writers import write_image_shards
 from moa_lightning.callbacks.report import describe_data
 from moa_lightning.errors import UserError
 from tests.data.conftest import picture, write_pictures
@@ -234,10 +235,12 @@ def test_images_of_mixed_size_need_a_view_that_makes_them_equal(class_folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "no/such/folder"}, "neither a folder nor one of mnist5k, fashion_mnist, cifar10"),
+        ({"source": "no/such/folder"}, "neither a folder nor one of mnist5k, fashion_mnist, cifar10, cifar100"),
         ({"source": "EMPTY"}, "holds no images"),
         ({"source": "fashion_mnist", "root": "EMPTY"}, "Fashion-MNIST was not found in .*empty.*download"),
         ({"source": "cifar10", "root": "EMPTY"}, "CIFAR-10 was not found in .*empty.*download"),
+        ({"source": "cifar100", "root": "EMPTY"}, "CIFAR-100 was not found in .*empty.*cifar-100-python"),
+        ({"source": "stl10", "root": "EMPTY"}, "STL-10 was not found in .*empty.*stl10_binary"),
         ({"batch_size": 4000}, "batch_size is 4000 but the training data has only 3500"),
         ({"channels": 2}, "channels is 2"),
         ({"image_size": 0}, "image_size 0"),
@@ -324,3 +327,65 @@ def test_cifar10_is_read_through_torchvision(tmp_path, monkeypatch):
     assert {name: len(part.labels) for name, part in parts.items()} == {"train": 90, "val": 10, "test": 20}
     assert (parts["test"].images[3].numpy() == arrays["test_batch"][3].reshape(3, 32, 32)).all()
     assert module.class_names[2] == "class 2"
+
+
+def test_cifar100_is_read_through_torchvision(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    numbers = np.random.default_rng(0)
+    arrays = {}
+    for name, count in (("train", 200), ("test", 100)):
+        arrays[name] = numbers.integers(0, 256, (count, 3072), dtype=np.uint8)
+        labels = {"fine_labels": [i % 100 for i in range(count)], "coarse_labels": [i % 20 for i in range(count)]}
+        (folder / name).write_bytes(pickle.dumps({"data": arrays[name], **labels}))
+    names = {"fine_label_names": [f"class {i}" for i in range(100)], "coarse_label_names": ["no"] * 20}
+    (folder / "meta").write_bytes(pickle.dumps(names))
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    module = Images("cifar100", root=str(tmp_path), val_fraction=0.5, batch_size=4)
+    parts = module.read()
+    assert {name: len(part.labels) for name, part in parts.items()} == {"train": 100, "val": 100, "test": 100}
+    assert (parts["test"].images[3].numpy() == arrays["test"][3].reshape(3, 32, 32)).all()
+    assert parts["test"].labels.tolist() == list(range(100))
+    assert module.class_names[99] == "class 99"
+
+
+def write_stl10(root):
+    """Tiny files in the published layout: bytes, columns before rows, and labels from 1 on."""
+    folder = root / "stl10_binary"
+    folder.mkdir()
+    numbers = np.random.default_rng(0)
+    images = {}
+    for name, count in (("train", 20), ("test", 30), ("unlabeled", 12)):
+        images[name] = numbers.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        images[name].transpose(0, 1, 3, 2).tofile(folder / f"{name}_X.bin")
+        if name != "unlabeled":
+            (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(folder / f"{name}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(f"class {i}" for i in range(1, 11)))
+    return images
+
+
+def test_stl10_trains_on_its_unlabelled_images_and_compares_with_the_labelled(tmp_path, monkeypatch):
+    images = write_stl10(tmp_path)
+    with pytest.raises(UserError, match=r"STL-10 in .* is incomplete or damaged"):  # the check sums are not STL-10's
+        Images("stl10", root=str(tmp_path)).read()
+    monkeypatch.setattr(torchvision.datasets.stl10, "check_integrity", lambda *_: True)
+    labelled = Images("stl10", root=str(tmp_path), val_fraction=0.5, batch_size=2)
+    labelled.setup()
+    assert [len(labelled.splits[name]) for name in ("train", "val", "test", "bank")] == [10, 10, 30, 10]
+    assert (labelled.splits["test"].images[7].numpy() == images["test"][7]).all()
+    assert labelled.splits["test"].labels.tolist() == [i % 10 for i in range(30)]
+    assert labelled.class_names[0] == "class 1"
+    module = Images("stl10_unlabelled", root=str(tmp_path), val_fraction=0.5, batch_size=2)
+    module.setup()
+    assert [len(module.splits[name]) for name in ("train", "val", "test", "bank")] == [12, 10, 30, 10]
+    assert module.splits["train"].labels.tolist() == [-1] * 12
+    assert (module.splits["train"].images[5].numpy() == images["unlabeled"][5]).all()
+    assert sorted(module.splits["bank"].labels.tolist()) == list(range(10))
+    assert (module.num_classes, module.image_size) == (10, 96)
+    bank, query = module.val_dataloader()
+    assert {tuple(batch["image"].shape[1:]) for batch in (*bank, *query)} == {(3, 96, 96)}
+    shards = write_image_shards("stl10_unlabelled", str(tmp_path / "out"), root=str(tmp_path), val_fraction=0.5)
+    copy = ImageShards(**{name: str(paths[0]) for name, paths in shards.items()}, image_size=96, batch_size=2)
+    copy.setup()
+    assert copy.splits["bank"].labels.tolist().count(-1) == 0
+    assert len(copy.splits["train"]) == 12
