@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from data.faults import OnBadSample
 from data.image_sources import FOLDER_TRAITS, TRAITS
+from data.sources import Bad
 from data.token_writer import Written, train_tokenizer, write_tokens
 from data.tokenizer import BYTES
 from data.writers import write_image_shards, write_text_shards
@@ -16,7 +17,10 @@ def data_command(argv: list[str]) -> None:
     options = vars(_parser().parse_args(argv))
     kind = options.pop("kind")
     if kind == "text":
-        _report_shards("TextShards", write_text_shards(**options), {})
+        bad = Bad(options.pop("on_bad_sample"))
+        shards = write_text_shards(**options, bad=bad)
+        _report_bad(bad)
+        _report_shards("TextShards", shards, {})
     elif kind == "tokenizer":
         _report_tokenizer(train_tokenizer(**options), options["source"])
     elif kind == "tokens":
@@ -39,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("--source", required=True, help=f"{', '.join(TRAITS)}, or a folder of images")
     images.add_argument("--image_size", type=int, help="resize and crop to so many pixels (default: as they are)")
     images.add_argument("--root", help="folder of the local copy of a packaged set")
-    text.add_argument("--source", required=True, nargs="+", help="stdlib, or files, folders and globs")
+    _add_documents(text)
     for command, fraction in ((images, 0.15), (text, 0.05)):
         command.add_argument("--samples_per_shard", type=int, default=1000, help="samples in a shard (default: 1000)")
         command.add_argument("--split_seed", type=int, default=0, help="of split and order (default: 0)")
@@ -63,7 +67,7 @@ def _add_folder(command: argparse.ArgumentParser, fraction: float) -> None:
 
 
 def _add_documents(command: argparse.ArgumentParser) -> None:
-    kinds = "plain text, .jsonl (.gz, .zst), .parquet or .tar"
+    kinds = "plain text, .txt.gz, .jsonl and .json (.gz, .zst), .parquet or .tar"
     command.add_argument("--source", required=True, nargs="+", help=f"stdlib, or files, folders and globs: {kinds}")
     command.add_argument("--text_field", default="text", help="JSON key or Parquet column of the text (default: text)")
     command.add_argument(
@@ -89,13 +93,13 @@ def _report_tokens(written: Written) -> None:
     for split, part in written.description["splits"].items():
         counts = [f"{part[name]:,}" for name in ("documents", "tokens", "bytes")]
         rows.append([split, *counts, f"{part['bytes'] / part['tokens']:.2f}"])
-    _report_bad(written)
+    _report_bad(written.bad)
     columns = ("split", "documents", "tokens", "bytes", "bytes/token")
     _print(columns, rows, f"train with: --data TokenFiles --data.source '{written.folder}'")
 
 
 def _report_tokenizer(written: Written, source: list[str]) -> None:
-    _report_bad(written)
+    _report_bad(written.bad)
     names = " ".join(f"'{name}'" for name in source)
     size = f"{written.description['vocab_size']:,}"
     _print(
@@ -103,9 +107,9 @@ def _report_tokenizer(written: Written, source: list[str]) -> None:
     )
 
 
-def _report_bad(written: Written) -> None:
-    if written.bad.count:
-        _print((), [], f"left out {written.bad.count} bad documents, the first: {'; '.join(written.bad.first)}")
+def _report_bad(bad: Bad) -> None:
+    if bad.count:
+        _print((), [], f"left out {bad.count} bad documents, the first: {'; '.join(bad.first)}")
 
 
 def _megabytes(paths: list[Path]) -> str:

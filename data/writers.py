@@ -7,18 +7,24 @@ Time stamps are zero: the same input gives the same bytes.
 
 import os
 import shutil
+import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 import torch
 from torchvision.io import encode_png
 
-from data.documents import Document, read_corpus, split_documents
+from data.documents import SPLITS, check_fractions, cuts, encoded, place_of, split_places, stdlib_documents
 from data.image_base import LabelledImages
 from data.image_sources import FileImages
 from data.images import Images
+from data.sources import Bad, documents
 from data.transforms import Transform, plain_view
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
@@ -61,35 +67,98 @@ def write_image_shards(
 
 
 def write_text_shards(
-    source: str | list[str],
+    source: str | Sequence[str],
     out: str,
     samples_per_shard: int = 1000,
     val_fraction: float = 0.05,
     test_fraction: float = 0.05,
     split_seed: int = 0,
+    text_field: str = "text",
+    bad: Bad | None = None,
 ) -> dict[str, list[Path]]:
-    """Write a source of `data.TextFiles` as shards of documents; arguments and errors as in `write_image_shards`."""
-    parts = split_documents(read_corpus(source).documents, val_fraction, test_fraction)
-    splits = {split: _texts(documents, split, split_seed) for split, documents in parts.items() if documents}
-    return _write(out, splits, samples_per_shard)
+    """Write text as shards of documents, in memory that grows by some tens of bytes a document.
+
+    All documents are first copied into one unnamed file beside the shards, which takes as much disk as they do, and
+    are then taken out of it in the order of the shards.
+
+    Args:
+        source: "stdlib", or files, folders and globs, see `sources.documents`.
+        out: folder to write; it must not exist or be empty.
+        samples_per_shard: documents in a shard.
+        val_fraction: share of the documents for validation, by a hash of their beginnings (names in the standard
+            library); fewer than three documents are split by position, as in `data.TextFiles`.
+        test_fraction: the same for testing.
+        split_seed: of the order.
+        text_field: key or column that holds the text.
+        bad: told about documents that cannot be read; None: the first one ends it.
+
+    Returns:
+        The shards of each split.
+
+    Raises:
+        UserError: unusable sources or folder, or nothing in them.
+    """
+    check_fractions(val_fraction, test_fraction)
+    _check_shards(samples_per_shard)
+    sources = [source] if isinstance(source, str) else source
+    with new_folder(out) as folder, tempfile.TemporaryFile(dir=folder) as copy:
+        places, ends = array("d"), array("q", [0])
+        for key, pieces in _texts(sources, text_field, bad or Bad()):
+            places.append(place_of(key))
+            ends.append(ends[-1] + sum(copy.write(piece) for piece in pieces))
+        if not places:
+            raise UserError(f"text source {source!r} holds no text: every file in it is empty or bad")
+        parts = _spans(places, ends, val_fraction, test_fraction)
+        for split, spans in parts.items():
+            _write_texts(folder, split, spans[_order(len(spans), split, split_seed)], copy, samples_per_shard)
+    return {split: sorted(Path(out).glob(f"{split}-*.tar")) for split in parts}
 
 
-def _order(size: int, split: str, seed: int) -> list[int]:
-    """Shuffled for training, as it came otherwise."""
+def _texts(source: Sequence[str], text_field: str, bad: Bad) -> Iterator[tuple[bytes, Iterable[bytes]]]:
+    """What decides the split of each document, and its pieces."""
+    if list(source) == ["stdlib"]:
+        yield from ((encoded(document.name), [document.content]) for document in stdlib_documents())
+        return
+    for text in documents(source, text_field, False, bad):
+        beginning = next(text.pieces)
+        yield beginning, chain([beginning], text.pieces)
+
+
+def _spans(places: Sequence[float], ends: Sequence[int], val: float, test: float) -> dict[str, np.ndarray]:
+    """Begin and end of each document of the splits that have any, int64 (n, 2)."""
+    bounds = np.stack([np.asarray(ends, np.int64)[:-1], np.asarray(ends, np.int64)[1:]], 1)
+    if len(bounds) >= len(SPLITS):
+        chosen = split_places(places, val, test)
+        parts = {split: bounds[chosen[split]] for split in SPLITS}
+    else:
+        inner = np.stack([start + np.array(cuts(stop - start, val, test)) for start, stop in bounds.tolist()])
+        pairs = {split: inner[:, number : number + 2] for number, split in enumerate(SPLITS)}
+        parts = {split: pair[pair[:, 0] < pair[:, 1]] for split, pair in pairs.items()}
+    return {split: part for split, part in parts.items() if len(part)}
+
+
+def _write_texts(folder: Path, split: str, spans: np.ndarray, copy: IO[bytes], samples_per_shard: int) -> None:
+    """Write these pieces of a file as documents, in this order, none of them held whole."""
+    for shard, first in enumerate(range(0, len(spans), samples_per_shard)):
+        with tarfile.open(folder / f"{split}-{shard:06d}.tar", "w") as tar:
+            for number, (start, stop) in enumerate(spans[first : first + samples_per_shard].tolist(), first):
+                member = tarfile.TarInfo(f"{split}-{number:08d}.txt")
+                member.size = stop - start
+                copy.seek(start)
+                tar.addfile(member, copy)
+
+
+def _order(size: int, split: str, seed: int) -> np.ndarray:
+    """Shuffled for training, as it came otherwise: int64 (size,)."""
     if split != "train":
-        return list(range(size))
+        return np.arange(size)
     generator = torch.Generator().manual_seed(named_seed(seed, "order of shards"))
-    return torch.randperm(size, generator=generator).tolist()
-
-
-def _texts(documents: list[Document], split: str, seed: int) -> Iterator[Sample]:
-    for i in _order(len(documents), split, seed):
-        yield {"txt": documents[i].content}
+    return torch.randperm(size, generator=generator).numpy()
 
 
 def _encoded(part: LabelledImages, split: str, resize: Transform | None, seed: int) -> Iterator[Sample]:
     """Files as they are where they need not be resized, PNG otherwise."""
-    for i in _order(len(part.labels), split, seed):
+    for i in _order(len(part.labels), split, seed).tolist():
         if isinstance(part.images, FileImages) and resize is None:
             path = Path(part.images.paths[i])
             sample = {path.suffix[1:].lower(): path.read_bytes()}
@@ -104,8 +173,7 @@ def _write(out: str, splits: Mapping[str, Iterable[Sample]], samples_per_shard: 
     """Write `<split>-<number>.tar` files into a new folder."""
     from webdataset import ShardWriter
 
-    if samples_per_shard < 1:
-        raise UserError(f"samples_per_shard is {samples_per_shard} but must be at least 1")
+    _check_shards(samples_per_shard)
     with new_folder(out) as folder:
         for split, samples in splits.items():
             pattern = str(folder / split).replace("%", "%%") + "-%06d.tar"
@@ -113,6 +181,11 @@ def _write(out: str, splits: Mapping[str, Iterable[Sample]], samples_per_shard: 
                 for number, sample in enumerate(samples):
                     writer.write({"__key__": f"{split}-{number:08d}", **sample})
     return {split: sorted(Path(out).glob(f"{split}-*.tar")) for split in splits}
+
+
+def _check_shards(samples_per_shard: int) -> None:
+    if samples_per_shard < 1:
+        raise UserError(f"samples_per_shard is {samples_per_shard} but must be at least 1")
 
 
 @contextmanager

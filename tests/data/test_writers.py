@@ -1,12 +1,17 @@
 """`moa data`: what is written is what the source gives, complete or absent."""
 
+import json
+import tarfile
+import tracemalloc
+
 import pytest
 import torch
 import webdataset
 
 from data import Images, ImageShards, TextShards
 from data.command import data_command
-from data.documents import split_documents, stdlib_documents
+from data.documents import file_documents, split_documents, stdlib_documents
+from data.sources import Bad
 from data.text import SEPARATOR
 from data.writers import write_image_shards, write_text_shards
 from moa_lightning.errors import UserError
@@ -46,6 +51,41 @@ def test_text_survives_the_way_into_shards(tmp_path):
     assert source.read(0, len(source)).tobytes() == SEPARATOR.join(document.content for document in parts["val"])
     theirs = webdataset.WebDataset([str(path) for path in shards["train"]], shardshuffle=False, empty_check=False)
     assert sorted(sample["txt"] for sample in theirs) == sorted(document.content for document in parts["train"])
+
+
+def test_a_corpus_is_written_without_being_held(tmp_path):
+    """Three documents of 24 MB each, in pieces; splits are those of TextFiles and of token files."""
+    for number in range(3):
+        with (tmp_path / f"{number}.txt").open("wb") as file:
+            for line in range(24):
+                file.write(b"%d %d " % (number, line) + b"word " * 200_000 + b"\n")
+    tracemalloc.start()
+    shards = write_text_shards(str(tmp_path / "*.txt"), str(tmp_path / "out"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
+    parts = split_documents(file_documents(str(tmp_path / "*.txt")), 0.05, 0.05)
+    for split, (path,) in shards.items():
+        with tarfile.open(path) as tar:
+            assert [tar.extractfile(member).read() for member in tar] == [part.content for part in parts[split]]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"{split}-000000.tar" for split in sorted(parts)
+    ]
+
+
+def test_few_documents_are_split_by_position_and_json_lines_by_the_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": f"text {n}" * 20}) + "\n" for n in range(2)) + "[\n")
+    bad = Bad("skip")
+    shards = write_text_shards(str(tmp_path / "a.jsonl"), str(tmp_path / "out"), text_field="body", bad=bad)
+    samples = {
+        split: [sample["txt"].decode() for sample in webdataset.WebDataset(str(path), shardshuffle=False)]
+        for split, (path,) in shards.items()
+    }
+    texts = [f"text {n}" * 20 for n in range(2)]
+    assert sorted(samples["train"]) == [text[:108] for text in texts]
+    assert samples["val"] == [text[108:114] for text in texts]
+    assert samples["test"] == [text[-6:] for text in texts]
+    assert bad.count == 1
 
 
 def test_files_are_copied_as_they_are_unless_resized(class_folder, tmp_path):
