@@ -59,7 +59,9 @@ class InjectionReport:
         return "\n".join(lines)
 
 
-def inject(model: nn.Module, config: FFNConfig, match: Match | None = None, seed: int = 0) -> InjectionReport:
+def inject(
+    model: nn.Module, config: FFNConfig, match: Match | None = None, seed: int = 0, untrained: bool = False
+) -> InjectionReport:
     """Replace the feed-forward layers of a model by FeedForwards, in place.
 
     Knows timm's Mlp, GluMlp, SwiGLU and SwiGLUPacked in residual blocks, transformers' GPT-2 and Llama, and models
@@ -71,6 +73,8 @@ def inject(model: nn.Module, config: FFNConfig, match: Match | None = None, seed
         match: which MLPs are feed-forward layers, in place of the rule by structure: a regular expression searched
             in the qualified name, or a callable (qualified name, module) -> bool.
         seed: of all random starts, together with the layer's name; the global random state is neither read nor moved.
+        untrained: the model computes nothing yet that is worth keeping, so an activation that the config names (any but
+            the default) is what the identity start begins at, instead of the layer's.
 
     Returns:
         The report. A module that stands in several places counts once, under its first name, and stays shared.
@@ -83,7 +87,8 @@ def inject(model: nn.Module, config: FFNConfig, match: Match | None = None, seed
     if not candidates:
         left = f"; left alone: {_explain(skipped)}" if skipped else ""
         raise UserError(f"{type(model).__name__} has no feed-forward layer that inject can swap{left}")
-    layers = [_build(candidate, config, seed) for candidate in candidates]  # all errors come before the first swap
+    own_start = untrained and config.activation != FFNConfig().activation
+    layers = [_build(each, config, seed, own_start) for each in candidates]  # all errors come before the first swap
     names = [place.name for candidate in candidates for place in candidate.places]
     others = place_swaps(model, config, names, seed)
     for candidate, layer in zip(candidates, layers, strict=True):
@@ -201,13 +206,14 @@ def _carries(source: SourceLayer, config: FFNConfig) -> bool:
     return config.form == source.form and _hidden_dim(source, config) == source.hidden_dim
 
 
-def _build(candidate: _Candidate, config: FFNConfig, seed: int) -> FeedForward:
-    """The layer that takes a candidate's place; the candidate is only read."""
+def _build(candidate: _Candidate, config: FFNConfig, seed: int, own_start: bool) -> FeedForward:
+    """The layer that takes a candidate's place; the candidate is only read. With `own_start` it begins at the config's
+    activation."""
     source, name = candidate.source, candidate.name
     carried = _carries(source, config)
     target = _with_biases_of(source, config)
     keeps_function = carried and config.mixing != "fixed" and config.init == "identity"
-    if keeps_function:
+    if keeps_function and not own_start:
         target = _starting_where_it_was(source, target, name)
     with torch.device("meta"):  # neither memory nor random numbers for what is replaced at once
         layer = FeedForward(source.dim, target, _hidden_dim(source, config), dropout=source.dropout)
@@ -217,7 +223,7 @@ def _build(candidate: _Candidate, config: FFNConfig, seed: int) -> FeedForward:
     if weight.device.type != "meta":
         _fill(layer, generator, fresh=not carried)
     _cast(layer, weight.device, weight.dtype, carried)
-    if keeps_function and source.learned is not None:
+    if keeps_function and not own_start and source.learned is not None:
         _copy_mixes(source.learned, layer)
     layer.train(candidate.module.training)
     layer.norm = source.norm if layer.hidden_dim == source.hidden_dim else _resized(source.norm, layer.hidden_dim, name)

@@ -230,6 +230,16 @@ def activation_name(activation: nn.Module | str, prefer: tuple[str, ...] = ()) -
         return next((name for name in names if _agree(values, pointwise(name).function(probe))), None)
 
 
+def first_activation(model: nn.Module) -> str | None:
+    """The activation of the first feed-forward layer of a model by our name; None where there is no such."""
+    for module in filter(is_candidate, model.modules()):
+        try:
+            return activation_name(read_layer(module).activation)
+        except Unreadable:
+            continue
+    return None
+
+
 def _agree(a: Any, b: Tensor) -> bool:
     same_kind = isinstance(a, Tensor) and a.shape == b.shape and a.dtype == b.dtype
     return same_kind and torch.allclose(a, b, rtol=AGREEMENT, atol=AGREEMENT)

@@ -209,7 +209,7 @@ def load_weights(net: nn.Module, source: str, left: tuple[str, ...] = ()) -> Pat
     given, own = ({n: t for n, t in side.items() if not n.startswith(left)} for side in (given, own))
     if lost := [name for name in given if name not in own]:
         raise UserError(f"the weights of '{path}' have {lost[0]}, which this net lacks; match the models")
-    held = _own_starts(net, given, content.get("hyper_parameters", {}), path)
+    held = own_starts(net, given, content.get("hyper_parameters", {}), path)
     for name, tensor in own.items():
         if name in held:
             continue
@@ -220,16 +220,25 @@ def load_weights(net: nn.Module, source: str, left: tuple[str, ...] = ()) -> Pat
     return None
 
 
-def _own_starts(net: nn.Module, given: Mapping[str, Tensor], saved: Mapping[str, Any], path: Path) -> set[str]:
+def own_starts(net: nn.Module, given: Mapping[str, Tensor], saved: Mapping[str, Any], path: Path) -> set[str]:
     """Names of what the mixes of a net add to the given weights, or have from ffn.start_from.
+
+    Args:
+        given: the weights under the net's names.
+        saved: hyper-parameters of the task that they are of, as far as they are known.
+        path: of the weights, for messages.
 
     Raises:
         UserError: with them a layer would not compute what it computed before.
     """
     names: set[str] = set()
     for place, layer in net.named_modules():
-        mixes = layer.mixings() if isinstance(layer, MixedLayer) else {}
+        if not isinstance(layer, MixedLayer):
+            continue
         ffn = (saved.get("decoder_ffn") if place.startswith("decoder") else None) or saved.get("ffn") or {}
+        mixes = layer.mixings()
+        if isinstance(layer, FeedForward) and not mixes:
+            _check_fixed(layer, ffn.get("activation"), path)
         for attribute, mix in mixes.items():
             own = {leaf: f"{place}.{attribute}.{leaf}" for leaf in MIX_PARAMETERS if getattr(mix, leaf) is not None}
             if mix.given_start is not None:
@@ -241,9 +250,17 @@ def _own_starts(net: nn.Module, given: Mapping[str, Tensor], saved: Mapping[str,
                 _check_identity(layer, before, path)
             else:
                 check_dictionary(mix, GivenMix(given[own["base"]], entries=_entries(f"{place}.{attribute}", ffn)), path)
-            if own.get("gate_weight") in given and ffn.get("gate") != mix.gate:
+            if own.get("gate_weight") in given and ffn.get("gate", mix.gate) != mix.gate:
                 raise UserError(f"the gates of '{path}' are {ffn.get('gate')}, and here {mix.gate}: match ffn.gate")
     return names
+
+
+def _check_fixed(layer: FeedForward, before: str | None, path: Path) -> None:
+    """UserError unless a layer with a fixed activation has the one that the weights were trained with."""
+    if before not in (None, layer.config.activation):
+        raise UserError(
+            f"the layers of '{path}' compute {before}, and here {layer.config.activation}: match ffn.activation"
+        )
 
 
 def _check_identity(layer: MixedLayer, before: str | None, path: Path) -> None:

@@ -136,7 +136,8 @@ class Task(L.LightningModule):
             self.seed = self.hparams["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))  # --seed_everything
         self.choose()
         self.net = self._build(self.seed)
-        missing, self.starts = start_mixes(self.net)
+        missing, starts = start_mixes(self.net)
+        self.starts += starts
         self.missing_starts = [
             f"ffn.start_from: there is no {path}; name a run of LA or MoA that has validated" for path in missing
         ]

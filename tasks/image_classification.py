@@ -108,7 +108,7 @@ class ImageClassification(Task):
             seed,
         )
         if h["backbone_weights"] is not None and Path(h["backbone_weights"]).exists():
-            load_encoder(net.vit, h["backbone_weights"])
+            self.starts = [load_encoder(net.vit, h["backbone_weights"])]
         return net
 
     def configure_model(self) -> None:

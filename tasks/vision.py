@@ -52,8 +52,7 @@ class SelfSupervised(Task):
         file = self.hparams["backbone_weights"]
         self.missing_weights = None if file is None or Path(file).exists() else file
         if file is not None and self.missing_weights is None:
-            for encoder in encoders:
-                load_encoder(encoder, file)
+            self.starts = [load_encoder(encoder, file) for encoder in encoders][:1]
 
     def on_train_start(self) -> None:
         super().on_train_start()

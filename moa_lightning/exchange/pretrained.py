@@ -6,23 +6,28 @@ Files are read as tensors and plain values only, so they run no code. Of DINO th
 old objective (decoder, projection head, classifier) is left, and what the file cannot have keeps its own start: the
 new head with its norm, and the coefficients of learned mixes, so that a net with fixed activations can go on as LA or
 MoA.
+
+Tensors do not tell the activation that they were trained with. Runs and exports of ours say it, and the net must compute
+the same or start as the same; of other files the activation of timm's own model is assumed.
 """
 
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor
 
 from ..checkpoints import RunCheckpointIO
 from ..errors import UserError
-from ..feedforward import FeedForward
+from ..feedforward import FeedForward, MixedLayer
 from ..mixing import FixedActivation, MixCoefficients
 from ..run_folder import checkpoint_path
+from ..transplants import own_starts
 from .timm_models import HEADS
 
 ENVELOPES = ("state_dict", "teacher", "model")  # under which files keep their tensors
@@ -30,7 +35,15 @@ MARK = "patch_embed.proj.weight"  # every vision transformer has it: what stands
 NORM = ("norm.weight", "norm.bias")  # the last one, which a net that pools has behind the pool, as fc_norm
 
 
-def load_encoder(vit: Any, path: str) -> None:
+class Weights(NamedTuple):
+    """What a file holds."""
+
+    tensors: dict[str, Tensor]
+    ffn: dict[str, Any] | None
+    """options of the encoder's feed-forward layers, where the file says them"""
+
+
+def load_encoder(vit: Any, path: str) -> str:
     """Put the encoder of a file into a timm vision transformer, in place.
 
     Positions of another grid are interpolated, as timm does, and of the filters for three channels one channel gets the
@@ -40,11 +53,16 @@ def load_encoder(vit: Any, path: str) -> None:
         vit: its feed-forward layers are ours.
         path: a checkpoint (a file or a folder of shards), or a .safetensors file.
 
+    Returns:
+        What was taken, for the log.
+
     Raises:
-        UserError: no such file, not a vision transformer, or one of another shape.
+        UserError: no such file, not a vision transformer, one of another shape, or of other activations than the net's.
     """
-    content = read_tensors(path)
-    found = _as_ours(vit, encoder_tensors(content, path), path)
+    content = read_weights(path)
+    tensors = encoder_tensors(content.tensors, path)
+    ffn, said = _activations(vit, tensors, content.ffn)
+    found = _as_ours(vit, tensors, path)
     _fit_positions(vit, found)
     channels = vit.patch_embed.proj.weight.shape[1]
     found[MARK] = adapt_input_conv(channels, found[MARK], found[MARK].shape[1])
@@ -66,11 +84,24 @@ def load_encoder(vit: Any, path: str) -> None:
                 f"weights '{path}' have {name} of shape {tuple(given.shape)}, and this net wants "
                 f"{tuple(tensor.shape)}: give the backbone, backbone_args and ffn that they were trained as"
             )
+    if not any(isinstance(m, MixedLayer) and m.config.start_from for m in vit.modules()):  # those start elsewhere
+        own_starts(vit, found, {"ffn": ffn}, Path(path))
     vit.load_state_dict({name: found[name] for name in own if name in found}, strict=False)
+    return f"encoder from {path}{said}"
 
 
-def read_tensors(path: str) -> dict[str, Tensor]:
-    """The tensors of a file by name.
+def _activations(vit: Any, tensors: Mapping[str, Tensor], ffn: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """Options of the feed-forward layers that tensors are of, as far as they are known, and what of it is assumed."""
+    if ffn is not None:
+        return ffn, ""
+    assumed: str | None = getattr(vit, "timm_activation", None)
+    if assumed is None or any(".up_proj." in name for name in tensors):
+        return {}, ", which does not say its activation"
+    return {"activation": assumed}, f", which does not say its activation: {assumed} is assumed, as timm's model has it"
+
+
+def read_weights(path: str) -> Weights:
+    """The tensors of a file by name, and what it says of the feed-forward layers.
 
     Raises:
         UserError: it cannot be read.
@@ -78,15 +109,27 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     place = Path(str(checkpoint_path(path, None)))
     if place.suffix == ".safetensors":
         try:
-            return load_file(place)
-        except (OSError, SafetensorError) as error:
+            with safe_open(place, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+                return Weights(tensors, _ffn(json.loads(about.get("encoder") or about.get("hyper_parameters", "{}"))))
+        except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"weights '{path}' cannot be read ({error}); give another file") from error
     content: Any = RunCheckpointIO().load_checkpoint(place)
+    ffn = _ffn(content.get("hyper_parameters"))
     for envelope in ENVELOPES:
         inside = content.get(envelope)
         if isinstance(inside, dict):
             content = inside
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return Weights({name: value for name, value in content.items() if isinstance(value, Tensor)}, ffn)
+
+
+def _ffn(settings: Any) -> dict[str, Any] | None:
+    """The encoder's feed-forward options in what a file says of its net; of a joint run the vision task's."""
+    settings = settings if isinstance(settings, dict) else {}
+    part = settings.get("vision")
+    found = part["options"].get("ffn") if isinstance(part, dict) and "options" in part else settings.get("ffn")
+    return found if isinstance(found, dict) else None
 
 
 def encoder_tensors(content: dict[str, Tensor], path: str) -> dict[str, Tensor]:

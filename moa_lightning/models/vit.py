@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..feedforward import FFNConfig
 from ..injection import inject
+from ..injection_adapters import first_activation
 from ..mixing import MixCoefficients
 from ..places import PointwiseNorm
 
@@ -29,6 +30,9 @@ def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: i
         name: timm model name, such as vit_small_patch16_224.
         image_size: height and width in pixels.
         options: passed to timm.create_model (embed_dim, depth, num_heads, patch_size, drop_path_rate, ...).
+
+    Returns:
+        The net. Its `timm_activation` names what timm's own feed-forward layers compute, None where it is none of ours.
 
     Raises:
         UserError: unknown name, an option that the model does not take or that reads weights from somewhere, nothing
@@ -54,7 +58,8 @@ def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: i
             )
         except Exception as error:  # whatever timm trips over, the reason is what it was given
             raise UserError(f"timm cannot build '{name}' with img_size={image_size}, {options}: {error}") from error
-    inject(net, ffn, seed=seed)
+    net.timm_activation = first_activation(net)
+    inject(net, ffn, seed=seed, untrained=True)
     return net
 
 

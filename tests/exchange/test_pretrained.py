@@ -1,5 +1,6 @@
 """Encoders from files: of our own runs, of timm and of the official repositories, in whatever envelope they come."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,57 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=word):
             load_encoder(net.vit, path)
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+RELU2 = FFNConfig(activation="relu2")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        (RELU2, GELU, "compute relu2, and here gelu: match ffn.activation"),
+        (RELU2, MOA, "compute relu2, which the mixes here do not start as; set .*ffn.activation to relu2"),
+        (GELU, FFNConfig("moa", init="paper"), "compute gelu, which the mixes here do not start as"),
+        (MOA, FFNConfig("moa", gate="tanh"), "are sigmoid, and here tanh: match ffn.gate"),
+        (FFNConfig("la"), FFNConfig("la", dictionary=tuple(reversed(MOA.dictionary))), "match ffn.dictionary"),
+    ],
+)
+@pytest.mark.parametrize("form", ["run", "joint", "export", "timm"])
+def test_weights_of_another_function_are_refused(
+    source: FFNConfig, target: FFNConfig, words: str, form: str, tmp_path: Path
+) -> None:
+    net, path = classifier(target), str(tmp_path / "a.safetensors")
+    if form in ("run", "joint"):
+        settings: Any = {"ffn": source.as_dict()}
+        settings = settings if form == "run" else {"ffn": None, "vision": {"task": "MAE", "options": settings}}
+        state = {f"net.encoder.{name}": value for name, value in build(source).items()}
+        path = str(tmp_path / "a.ckpt")
+        torch.save({"state_dict": state, "hyper_parameters": settings}, path)
+    else:
+        key = "encoder" if form == "timm" else "hyper_parameters"
+        save_file(build(source), path, {key: json.dumps({"ffn": source.as_dict()})})
+    with pytest.raises(UserError, match=words):
+        load_encoder(net.vit, path)
+
+
+def build(ffn: FFNConfig) -> dict[str, Tensor]:
+    return build_vit(NAME, ffn, IMAGE, 3, 0, **SMALL).state_dict()
+
+
+def test_the_named_activation_goes_on_as_moa_and_what_is_assumed_is_said(tmp_path: Path) -> None:
+    source = shake(build_vit(NAME, RELU2, IMAGE, 3, 0, **SMALL)).eval()
+    path = str(tmp_path / "a.ckpt")
+    torch.save({"state_dict": source.state_dict(), "hyper_parameters": {"ffn": RELU2.as_dict()}}, path)
+    net = build_vit(NAME, FFNConfig("moa", activation="relu2"), IMAGE, 3, 0, **SMALL).eval()
+    assert load_encoder(net, path) == f"encoder from {path}"
+    with torch.no_grad():
+        assert torch.allclose(net.forward_features(images()), source.forward_features(images()), atol=1e-5)
+    theirs = timm.create_model(NAME, num_classes=0, img_size=IMAGE, **SMALL)
+    path = saved(tmp_path / "theirs.pth", theirs.state_dict(), "", None)
+    said = load_encoder(classifier().vit, path)
+    assert said.endswith("does not say its activation: gelu is assumed, as timm's model has it")
+    with pytest.raises(UserError, match="compute gelu, and here relu2"):
+        load_encoder(classifier(RELU2).vit, path)
 
 
 def test_what_holds_no_encoder_is_refused(tmp_path: Path) -> None:
