@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.image_base import EXTENSIONS, IMAGENET_MEAN, IMAGENET_STD, ImageModule, LabelledImages, decode
+from data.image_base import EXTENSIONS, ImageModule, LabelledImages, decode
+from data.image_sources import FOLDER_TRAITS
 from data.images import statistics
 from data.shards import ShardMembers, ShardSplits
 
@@ -33,8 +34,8 @@ class ImageShards(ImageModule):
         val: the same for validation; None trains without.
         test: the same for testing.
         bank: labelled images for nearest-neighbour and linear evaluation; None: training images.
-        image_size: side of a full view, pixels.
-        channels: 1 or 3; images are converted.
+        image_size: side of a full view, pixels; None: 224.
+        channels: 1 or 3; images are converted; None: 3.
         mean, std: of each channel in [0, 1]; None: ImageNet's.
         shuffle_block: neighbouring images that stay together while 16 such blocks are mixed; 0 shuffles freely.
         options: `ImageModule`'s.
@@ -49,18 +50,19 @@ class ImageShards(ImageModule):
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         bank: str | list[str] | None = None,
-        image_size: int = 224,
-        channels: int = 3,
+        image_size: int | None = None,
+        channels: int | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         shuffle_block: int = 256,
         **options: Any,
     ) -> None:
+        channels = FOLDER_TRAITS.channels if channels is None else channels
         super().__init__(
-            image_size=image_size,
+            image_size=FOLDER_TRAITS.image_size if image_size is None else image_size,
             channels=channels,
-            mean=mean or statistics(IMAGENET_MEAN, channels),
-            std=std or statistics(IMAGENET_STD, channels),
+            mean=mean or statistics(FOLDER_TRAITS.mean, channels),
+            std=std or statistics(FOLDER_TRAITS.std, channels),
             shuffle_block=shuffle_block,
             **options,
         )

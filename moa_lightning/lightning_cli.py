@@ -45,6 +45,7 @@ from .checkpoints import RunCheckpointIO
 from .configs import Fragment
 from .controls import hold_mixes, token_means
 from .errors import UserError
+from .evaluated import Settings, check_pixels, fill_data, settings_of
 from .mistakes import mistakes, quiet
 from .options import Option, Tree
 from .run_folder import (
@@ -97,6 +98,7 @@ class MoaCLI(LightningCLI):
     def __init__(self, arguments: list[str], notes: list[str]) -> None:
         self.notes = notes
         self.guard: FolderGuard | None = None
+        self.judged: Settings | None = None  # what is known of the run whose checkpoint is evaluated
         self.first_step = 0
         fit = arguments[0] == "fit"
         strict = {"exit_on_error": False, "allow_abbrev": False}
@@ -193,6 +195,8 @@ class MoaCLI(LightningCLI):
             raise UserError(f"moa {self.subcommand} needs --ckpt_path with the checkpoint to load")
         else:
             self.run_dir = Path(given or run_of_checkpoint(checkpoint) or Path(checkpoint).parent)
+            self.judged = settings_of(checkpoint)
+            fill_data(config["data"], self.judged)
 
     def _claim_folder(self, given: Path | None, config: Any, checkpoint: str | None, restart: bool) -> None:
         root = Path(config["trainer"]["default_root_dir"] or "runs")
@@ -208,6 +212,9 @@ class MoaCLI(LightningCLI):
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
         check_kind(self.model, self.datamodule)
+        if self.judged is not None:
+            filled = self.model.fill_open(self.judged.task)
+            check_pixels(filled, self.datamodule)
         if folder := self._get(self.config, "folder"):
             if not isinstance(self.datamodule, ImageModule):
                 raise UserError("--folder is for models of images, and this one reads text")

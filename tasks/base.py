@@ -2,13 +2,13 @@
 
 The net is built in `configure_model`, so that strategies can shard it. Sizes that belong to the data (vocabulary, image
 size, channels) may be left open: they are then taken from the data module and written into the checkpoint's
-hyper-parameters, so that a checkpoint can be loaded without it.
+hyper-parameters, so that a checkpoint can be loaded without it, and judged on other data.
 """
 
 import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moa_lightning.controls import start_mixes
 from moa_lightning.errors import UserError
+from moa_lightning.evaluated import PIXELS
 from moa_lightning.evaluation.token_classes import TokenClasses
 from moa_lightning.models.init import materialize, without_matrices, without_start
 from moa_lightning.optim import (
@@ -58,6 +59,7 @@ class Task(L.LightningModule):
     """
 
     forward_methods: tuple[str, ...] = ("features",)
+    open_options: tuple[str, ...] = ()  # filled in from data or length where they are None, and kept for evaluation
     own_start: tuple[str, ...] = ()  # how names of parameters begin that `weights_from` leaves alone
 
     def __init__(
@@ -116,6 +118,17 @@ class Task(L.LightningModule):
                 raise UserError(f"{name} is open: give model.init_args.{name}, or train with data that know it")
             self.hparams[name] = value
         return value
+
+    def fill_open(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Take what was left open from a run's hyper-parameters, so that its net is built and not one for other data.
+
+        Returns:
+            What was taken.
+        """
+        named = {name: saved.get(name) for name in self.open_options if self.hparams[name] is None}
+        taken = {name: value for name, value in named.items() if value is not None}
+        self.hparams.update(taken)
+        return taken
 
     def build(self, seed: int) -> nn.Module:
         """The net with its initial weights."""
@@ -275,7 +288,11 @@ class Task(L.LightningModule):
         self.show_weights("last")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Weights and averages go under their own names, also while they are exchanged."""
+        """Weights and averages go under their own names, also while they are exchanged. How images were normalised is
+        kept too."""
+        mean, std = (getattr(self.data, name, None) for name in ("mean", "std"))
+        if mean is not None and std is not None:
+            checkpoint[PIXELS] = {"mean": list(mean), "std": list(std)}
         if self.average is not None and self._exchanged:
             state = checkpoint["state_dict"]
             for name in self.average.state_dict():

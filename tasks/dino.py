@@ -79,6 +79,7 @@ class DINO(SelfSupervised):
     """
 
     forward_methods = ("features", "masked")
+    open_options = (*SelfSupervised.open_options, "out_dim", "teacher_momentum", "teacher_temperature")
 
     def __init__(
         self,

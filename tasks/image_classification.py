@@ -10,6 +10,7 @@ process draws one mix a batch, so with mixup or cutmix runs on other numbers of 
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -49,6 +50,8 @@ class ImageClassification(Task):
         random_erasing: probability that a rectangle of an image becomes noise.
         optimizer: AdamW or Muon, and the schedule.
         num_classes: size of the head; None: the data's.
+        class_names: of the classes in the order of their numbers, by which other data with names are judged; None: the
+            data's.
         image_size: pixels; None: the data's.
         channels: of the images; None: the data's.
         seed: of the initial weights and of what is drawn while training; None: the run's seed.
@@ -58,6 +61,7 @@ class ImageClassification(Task):
     """
 
     forward_methods = ("features", "features_and_logits")
+    open_options = ("image_size", "channels", "num_classes", "class_names")
     uses_bank = False  # the data need not hand out training images to compare with
 
     def __init__(
@@ -75,6 +79,7 @@ class ImageClassification(Task):
         random_erasing: float = 0.25,
         optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.05, betas=(0.9, 0.999)),  # noqa: B008
         num_classes: int | None = None,
+        class_names: list[str] | None = None,
         image_size: int | None = None,
         channels: int | None = None,
         seed: int | None = None,
@@ -91,6 +96,7 @@ class ImageClassification(Task):
             locals(), backbone_args=backbone_args or {}, ffn=self.ffn, optimizer=self.optimizer_config
         )
         self.metrics = nn.ModuleDict({f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in METRICS})
+        self.class_numbers: Tensor | None = None  # the number here of each class of the data, where they differ
         self.mixing: Mixup | None = None
         self.loss: nn.Module = nn.CrossEntropyLoss()
 
@@ -114,12 +120,46 @@ class ImageClassification(Task):
     def configure_model(self) -> None:
         super().configure_model()
         h = self.hparams
+        if self._trainer is not None:
+            self.class_numbers = self._match_classes()
         if h["mixup"] or h["cutmix"]:
             shares = {"mixup_alpha": h["mixup"], "cutmix_alpha": h["cutmix"], "label_smoothing": h["label_smoothing"]}
             self.mixing = Mixup(**shares, num_classes=h["num_classes"])
             self.loss = SoftTargetCrossEntropy()  # the mixed targets are smoothed already
         elif h["label_smoothing"]:
             self.loss = LabelSmoothingCrossEntropy(h["label_smoothing"])
+
+    def _match_classes(self) -> Tensor | None:
+        """Where each class of the data stands among the run's, by name; None: their numbers are the run's.
+
+        Raises:
+            UserError: a class that the run does not have.
+        """
+        count, theirs = self.hparams["num_classes"], getattr(self.data, "class_names", None)
+        if self.hparams["class_names"] is None:
+            self.hparams["class_names"] = None if theirs is None else list(theirs)
+        ours = self.hparams["class_names"]
+        if ours is None or theirs is None:
+            found = getattr(self.data, "num_classes", None) or 0
+            if found > count:
+                raise UserError(
+                    f"the data have class numbers up to {found - 1}, and the net has {count} classes: leave out images "
+                    "of other classes"
+                )
+            return None
+        if unknown := [name for name in theirs if name not in ours]:
+            raise UserError(
+                f"the data have the class '{unknown[0]}', which the run does not know ({', '.join(ours[:10])}"
+                f"{', ...' if len(ours) > 10 else ''}): leave its images out"
+            )
+        return None if ours[: len(theirs)] == list(theirs) else torch.tensor([ours.index(name) for name in theirs])
+
+    def labels(self, batch: dict[str, Any]) -> Tensor:
+        """Class numbers (B,) of a batch as the net has them, -1 where they are unknown."""
+        given: Tensor = batch["label"]
+        if self.class_numbers is None:
+            return given
+        return torch.where(given < 0, given, self.class_numbers.to(given.device)[given.clamp_min(0)])
 
     def on_train_start(self) -> None:
         """Refuse images without labels, and to begin without the weights; a run that goes on has its own."""
@@ -142,7 +182,7 @@ class ImageClassification(Task):
         return self.net(images)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        images, targets = self.regularised(batch["views"][0], batch["label"])
+        images, targets = self.regularised(batch["views"][0], self.labels(batch))
         loss = self.loss(self.net(images), targets)
         self.log("train/loss", loss.detach(), sync_dist=True)
         return loss
@@ -175,12 +215,13 @@ class ImageClassification(Task):
     def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """Logits (B, num_classes) and features (B, D) of the images, with their ids and labels."""
         features, logits = self.net.features_and_logits(batch["image"])
-        return {"id": batch["id"], "label": batch["label"], "features": features, "logits": logits}
+        return {"id": batch["id"], "label": self.labels(batch), "features": features, "logits": logits}
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
         """Loss, and percent of held-out images whose class is the most likely one, or one of the five."""
-        known = (batch["label"] >= 0) & (batch["id"] >= 0)
-        logits, labels = self.net(batch["image"])[known].float(), batch["label"][known]
+        labels = self.labels(batch)
+        known = (labels >= 0) & (batch["id"] >= 0)
+        logits, labels = self.net(batch["image"])[known].float(), labels[known]
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         values = (F.cross_entropy(logits, labels, reduction="none"), 100.0 * best[:, 0], 100.0 * best.any(1))
         for name, value in zip(METRICS, values, strict=True):

@@ -11,6 +11,7 @@ What a part logs gets its domain behind the name: val/loss_vision, val/bits_per_
 train/loss is the weighted sum of the domains that had a batch.
 """
 
+from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -98,6 +99,11 @@ class Joint(Task):
         self._trained: set[str] = set()  # domains with a batch since the last optimiser step
         self._judged: set[str] = set()  # domains with a batch in this evaluation
         self._replicated: list[nn.Parameter] = []  # whole in every process, though the net is sharded
+
+    def fill_open(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """As a task's, for both parts; what the vision task took."""
+        taken = {d: part.fill_open(saved.get(d, {}).get("options", {})) for d, part in self.parts.items()}
+        return taken[VISION]
 
     def choose(self) -> None:
         for part in self.parts.values():

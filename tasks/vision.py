@@ -36,6 +36,8 @@ class SelfSupervised(Task):
         eval_features: (B, D) of the last evaluated batch.
     """
 
+    open_options: tuple[str, ...] = ("image_size", "channels")
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.knn = KNNAccuracy()

@@ -7,8 +7,8 @@ old objective (decoder, projection head, classifier) is left, and what the file 
 new head with its norm, and the coefficients of learned mixes, so that a net with fixed activations can go on as LA or
 MoA.
 
-Tensors do not tell the activation that they were trained with. Runs and exports of ours say it, and the net must compute
-the same or start as the same; of other files the activation of timm's own model is assumed.
+Tensors do not tell the activation that they were trained with. Runs and exports of ours say it, and the net must
+compute the same or start as the same; of other files the activation of timm's own model is assumed.
 """
 
 import json

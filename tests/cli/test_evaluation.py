@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from moa_lightning.optim import OptimizerConfig
-from tests.cli.conftest import MAE, Moa
+from tests.cli.conftest import MAE, SMALL, Moa
 
 DATA = "-c configs/data/imagenet_folder.yaml --data.source x -c configs/trainer/cpu.yaml"
 
@@ -75,3 +77,42 @@ def test_a_fine_tuning_with_mistakes_says_them(moa: Moa) -> None:
     )
     assert (missing.code, missing.err.count("\n")) == (2, 1)
     assert "nowhere.ckpt" in missing.err
+
+
+def pictures(folder: str, *names: str) -> None:
+    for name in names:
+        for number in range(4):
+            file = Path(folder, name, f"{number}.png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 44), (60 * number, 10, 90)).save(file)
+
+
+def test_a_run_is_judged_on_other_data_as_the_net_that_it_is(moa: Moa) -> None:
+    """Size, channels, scale of pixels and classes are those of the run, and classes are matched by their names."""
+    fit = f"fit -c configs/vision/finetune_tiny.yaml -c configs/data/mnist5k.yaml -c configs/trainer/cpu.yaml {SMALL}"
+    assert moa(f"{fit} --trainer.max_steps 1 --trainer.val_check_interval 1 --run_dir run").code == 0
+    pictures("shifted/test", "3", "7")
+    pictures("shifted/train", "3", "7")
+    pictures("strange", "3", "owl")
+    checkpoint = "--ckpt_path run/checkpoints/last.ckpt"
+    outcome = moa(f"test {checkpoint} --data.source shifted --run_dir judged")
+    assert outcome.code == 0, outcome.err
+    outcome = moa(f"predict {checkpoint} --data.source shifted --out a.npz")
+    assert outcome.code == 0, outcome.err
+    labelled = np.load("a.npz")
+    assert sorted(labelled["label"]) == [3] * 4 + [7] * 4
+    top1 = 100 * (labelled["logits"].argmax(1) == labelled["label"]).mean()
+    assert json.loads(Path("judged/test.json").read_text())["metrics"]["test/top1"] == pytest.approx(top1)
+    outcome = moa(f"predict {checkpoint} --folder shifted/test --out b.npz")  # the run's own data are not read
+    assert outcome.code == 0, outcome.err
+    found = np.load("b.npz")
+    assert (found["label"] == -1).all()
+    assert np.allclose(found["logits"], labelled["logits"], atol=1e-5)
+    for line, words in (
+        ("--data.source strange", "the class 'owl', which the run does not know (0, 1, 2"),
+        ("--data.source shifted --data.image_size 56", "trained with image_size 28, and data.image_size is 56"),
+    ):
+        outcome = moa(f"test {checkpoint} {line}")
+        assert outcome.code == 2
+        assert words in outcome.err
+        assert len(outcome.err.strip().splitlines()) == 1

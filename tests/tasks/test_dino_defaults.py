@@ -1,6 +1,7 @@
 """What DINO chooses where an option is left open, and KoLeo in its loss."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,3 +61,11 @@ def test_koleo_is_added_for_the_students_global_crops(text, tmp_path) -> None:
         assert fresh._student_features is None
     expected = 0.5 * sum(koleo_loss(crop) for crop in features)
     assert (losses[0.5] - losses[0.0]).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_what_was_left_open_is_taken_from_the_run_that_is_judged(tmp_path: Path) -> None:
+    model, module = task("dino", out_dim=None, seed=0), data_for("dino", tmp_path)
+    assert model.fill_open({"out_dim": 64, "image_size": 28, "drop_path_rate": 0.5})["out_dim"] == 64
+    trainer(1, tmp_path).validate(model, datamodule=module, verbose=False)
+    assert model.net.student.head.last_layer.out_features == 64
+    assert model.hparams["drop_path_rate"] == 0.0
