@@ -243,6 +243,8 @@ class Task(L.LightningModule):
         config = self.optimizer_config.of_run(self.samples_per_step, self.total_steps)
         if self.optimizer_config.reference_batch is not None:
             self.chosen["lr"] = config.lr
+        if self.optimizer_config.warmup_steps is None:
+            self.chosen["warmup_steps"] = config.warmup_steps or 0
         return config
 
     def learning_rates(self) -> dict[str, float] | None:

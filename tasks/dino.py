@@ -38,6 +38,10 @@ def default_momentum(steps: int) -> float:
 class DINO(SelfSupervised):
     """A student and an averaged teacher on a timm ViT.
 
+    What the official recipe sets for ImageNet and hundreds of epochs is left open by default and then fits the data and
+    the length of the run: prototypes, the teacher's momentum and temperature, the warm-up of the learning rate. The
+    start of the log tells what was chosen. Other warm-ups are shares of the run.
+
     Args:
         backbone: timm model name.
         backbone_args: options for timm (embed_dim, depth, num_heads, patch_size, ...).
@@ -67,7 +71,7 @@ class DINO(SelfSupervised):
         final_weight_decay: weight decay at the end of the run, reached along a cosine; None: constant.
         backbone_weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa
             export wrote, or a file of timm's, MAE's or DINO's own weights. None: from scratch.
-        optimizer: AdamW or Muon, and the schedule.
+        optimizer: AdamW or Muon, and the schedule; its warmup_steps None: a tenth of the run.
         image_size: pixels of the global crops; None: the data's.
         channels: of the images; None: the data's.
         seed: of the initial weights; None: the run's seed.
@@ -86,17 +90,17 @@ class DINO(SelfSupervised):
         backbone: str = "vit_small_patch16_224",
         backbone_args: dict[str, Any] | None = None,
         ffn: FFNConfig = FFNConfig(),  # noqa: B008 - frozen
-        out_dim: int | None = 65536,
+        out_dim: int | None = None,
         head_hidden_dim: int = 2048,
         head_bottleneck_dim: int = 256,
         norm_last_layer: bool = True,
         drop_path_rate: float = 0.1,
         student_temperature: float = 0.1,
-        teacher_temperature: float | None = 0.07,
+        teacher_temperature: float | None = None,
         teacher_temperature_start: float = 0.04,
         teacher_temperature_warmup: float = 0.3,
         freeze_last_layer: float = 0.01,
-        teacher_momentum: float | None = 0.996,
+        teacher_momentum: float | None = None,
         center_momentum: float = 0.9,
         centering: Centering = "mean",
         ibot: IBOTConfig | None = None,
@@ -106,7 +110,7 @@ class DINO(SelfSupervised):
         patch_embed_rate: float = 1.0,
         final_weight_decay: float | None = 0.4,
         backbone_weights: str | None = None,
-        optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, weight_decay=0.04),  # noqa: B008
+        optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, weight_decay=0.04, warmup_steps=None),  # noqa: B008
         image_size: int | None = None,
         channels: int | None = None,
         seed: int | None = None,
@@ -135,9 +139,12 @@ class DINO(SelfSupervised):
 
     def choose(self) -> None:
         if self.hparams["out_dim"] is None:
-            if self._trainer is None:
-                raise UserError("out_dim is open: give model.init_args.out_dim, or train with data that know it")
-            self._choose("out_dim", default_out_dim(self.data.train_samples))
+            images = 0 if self._trainer is None else self.data.train_samples
+            if not images:
+                raise UserError(
+                    "out_dim is open, and no training images are there that say it: give model.init_args.out_dim"
+                )
+            self._choose("out_dim", default_out_dim(images))
         h = self.hparams
         how = h["student_temperature"], h["center_momentum"], h["centering"]
         self.loss = DINOLoss(h["out_dim"], *how)

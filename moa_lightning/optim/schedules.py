@@ -18,6 +18,7 @@ from ..errors import UserError
 from .groups import parameter_groups, scale_rates
 from .muon import MuonAdamW
 
+OPEN_WARMUP = 0.1  # share of the run where warmup_steps is left open: DINO's and DINOv2's 10 epochs of 100
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
@@ -46,8 +47,8 @@ class OptimizerConfig:
     """learning rate of the coefficients of mixes, in units of lr"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """shape after the warm-up"""
-    warmup_steps: int = 50
-    """optimiser steps of linear warm-up from zero"""
+    warmup_steps: int | None = 50
+    """optimiser steps of linear warm-up from zero; null: a tenth of the run"""
     warmup_fraction: float | None = None
     """share of the run in place of warmup_steps"""
     final_lr_factor: float = 0.0
@@ -83,8 +84,9 @@ class OptimizerConfig:
         if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
             raise UserError(f"optimizer.warmup_fraction is {self.warmup_fraction}; give a share from 0 to below 1")
         for name in ("weight_decay", "warmup_steps", "mixing_lr_factor", "final_lr_factor"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)} but must not be negative")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"optimizer.{name} is {value} but must not be negative")
         if not 0 <= self.average_decay < 1:
             raise UserError(f"optimizer.average_decay is {self.average_decay}; give a number from 0 to below 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -97,13 +99,15 @@ class OptimizerConfig:
             samples: of an optimiser step, over all devices; None: not known, which reference_batch does not allow.
             steps: optimiser steps of the run.
         """
-        peak, warmup = self.lr, self.warmup_steps
+        peak = self.lr
         if self.reference_batch is not None:
             if samples is None:
                 raise UserError("optimizer.reference_batch needs data that know their batch_size; set it to null")
             peak *= samples / self.reference_batch
-        if self.warmup_fraction is not None:
-            warmup = round(self.warmup_fraction * steps)
+        share = self.warmup_fraction
+        if share is None and self.warmup_steps is None:
+            share = OPEN_WARMUP
+        warmup = self.warmup_steps if share is None else round(share * steps)
         return replace(self, lr=peak, reference_batch=None, warmup_steps=warmup, warmup_fraction=None)
 
 
@@ -113,10 +117,12 @@ def cosine_schedule(start: float, end: float, progress: float) -> float:
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of optimiser step `step` (0 is the first) in units of the peak."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    """Learning rate of optimiser step `step` (0 is the first) in units of the peak; `config` is one run's (`of_run`)."""
+    warmup = config.warmup_steps
+    assert warmup is not None
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
     if config.schedule == "constant":
         return 1.0
     if config.schedule == "cosine":
