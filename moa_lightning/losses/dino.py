@@ -9,7 +9,13 @@ from .centering import CenteredLoss
 
 
 class DINOLoss(CenteredLoss):
-    """See CenteredLoss for its options."""
+    """See CenteredLoss for its options.
+
+    Attributes:
+        mean_entropy: of the mean of the last batch's teacher distributions, nats: 0 where all crops get one prototype.
+    """
+
+    mean_entropy: Tensor
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> tuple[Tensor, Tensor]:
         """Loss and the teacher's mean entropy.
@@ -33,6 +39,7 @@ class DINOLoss(CenteredLoss):
             cross = -torch.einsum("tbk,sbk->ts", q, log_p) / q.shape[1]  # (globals, crops)
         different = ~torch.eye(*cross.shape, dtype=torch.bool, device=cross.device)
         entropy = -(q * log_q).sum(-1).mean()
+        self.mean_entropy = torch.special.entr(q.mean((0, 1))).sum()
         # a sum and not cross[different], for which a GPU would have to tell the host how many there are
         return torch.where(different, cross, 0.0).sum() / different.sum(), entropy
 

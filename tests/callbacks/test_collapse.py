@@ -13,11 +13,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 from moa_lightning.callbacks import Collapse
-from moa_lightning.callbacks.collapse import PATIENCE, diagnosis
+from moa_lightning.callbacks.collapse import PATIENCE, SETTLED, diagnosis
 from moa_lightning.callbacks.progress import StepProgress
 from tests.tasks.conftest import data_for, task
 
-SOUND = {"train/feature_spread": 0.5, "train/feature_rank": 20.0, "train/teacher_entropy": 0.8}
+SOUND = {
+    "train/feature_spread": 0.5,
+    "train/feature_rank": 20.0,
+    "train/teacher_entropy": 0.8,
+    "train/prototype_entropy": 0.7,
+}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +32,7 @@ SOUND = {"train/feature_spread": 0.5, "train/feature_rank": 20.0, "train/teacher
         ({"train/feature_spread": 0.001}, "alike"),
         ({"train/feature_rank": 1.1}, "line"),
         ({"train/teacher_entropy": 0.999}, "uniform"),
+        ({"train/prototype_entropy": 1e-4}, "same prototype"),
     ],
 )
 def test_the_diagnosis_names_what_is_wrong(change: dict[str, float], word: str) -> None:
@@ -80,6 +86,36 @@ def test_it_is_said_while_it_lasts_and_taken_back(tmp_path, caplog) -> None:
     collapsed = {event.step: event.value for event in events.Scalars("train/collapsed")}
     assert [step for step, value in collapsed.items() if value] == list(range(10 + PATIENCE - 1, 30))
     assert len(events.Tensors("train/collapse/text_summary")) == 2
+
+
+class Named(Features):
+    """Sound features, and the entropies of a teacher with one prototype for all, logged as `suffix` has it."""
+
+    def __init__(self, suffix: str, images: int) -> None:
+        super().__init__(10**6, 0)
+        self.suffix, self.images = suffix, images
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.train_features = self.train_features[: self.images]
+        self.log(f"train/teacher_entropy{self.suffix}", 0.001)
+        self.log(f"train/prototype_entropy{self.suffix}", 0.001)
+        return loss
+
+
+@pytest.mark.parametrize("suffix", ["", "_vision"])
+def test_one_prototype_for_all_images_is_found_also_in_a_joint_run(suffix: str, tmp_path) -> None:
+    watcher, loader = Collapse(), DataLoader(TensorDataset(torch.zeros(40, 1)))
+    fit(Named(suffix, 16), tmp_path / "early", SETTLED, watcher, train_dataloaders=loader)
+    assert watcher.words == "", "the centre needs some steps"
+    fit(Named(suffix, 16), tmp_path / "late", SETTLED + PATIENCE, watcher, train_dataloaders=loader)
+    assert "same prototype" in watcher.words
+
+
+def test_one_image_is_no_collapse(tmp_path) -> None:
+    watcher, loader = Collapse(), DataLoader(TensorDataset(torch.zeros(40, 1)))
+    fit(Named("", 1), tmp_path, PATIENCE + 1, watcher, train_dataloaders=loader)
+    assert watcher.words == ""
 
 
 def test_a_dino_that_is_forced_to_collapse_is_found_and_a_sound_one_is_not(text, tmp_path) -> None:

@@ -98,3 +98,11 @@ def test_the_centre_is_saved() -> None:
     other.load_state_dict(loss.state_dict())
     assert other.center.abs().sum() > 0
     assert torch.equal(other.center, loss.center)
+
+
+def test_the_entropy_of_the_mean_tells_one_prototype_from_many() -> None:
+    loss, student = DINOLoss(7).double(), outputs(4)
+    one_hot = 100 * torch.eye(7, dtype=torch.float64)
+    for teacher, expected in ((one_hot[[2] * 6], 0.0), (one_hot[[0, 1, 2, 0, 1, 2]], math.log(3))):
+        loss(student, teacher, 0.05)
+        assert loss.mean_entropy.item() == pytest.approx(expected, abs=1e-9)

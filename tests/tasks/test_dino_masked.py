@@ -54,7 +54,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(ibot: IBOTConfig) -> None:
     patch_loss = sum(patches[owner == crop].mean() for crop in masked) / 32
     features = [model._student_features[crop * 16 : crop * 16 + 16] for crop in range(2)]
     koleo = float(sum(koleo_loss(crop) for crop in features))
-    assert logged.keys() == {f"train/{name}" for name in ("loss", "dino", "ibot", "koleo", "teacher_entropy")}
+    names = ("loss", "dino", "ibot", "koleo", "teacher_entropy", "prototype_entropy")
+    assert logged.keys() == {f"train/{name}" for name in names}
     assert logged["train/dino"] == pytest.approx(dino, rel=1e-5)
     assert logged["train/ibot"] == pytest.approx(patch_loss, rel=1e-5)
     assert logged["train/koleo"] == pytest.approx(koleo, rel=1e-5)
@@ -70,7 +71,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(ibot: IBOTConfig) -> None:
 def test_without_the_option_nothing_is_drawn_and_no_parts_are_logged() -> None:
     model, batch, logged = built()
     model.training_step(batch, 0)
-    assert logged.keys() == {"train/loss", "train/teacher_entropy"}
+    assert logged.keys() == {"train/loss", "train/teacher_entropy", "train/prototype_entropy"}
     assert not {"mask", "masked"} & batch.keys()
     assert model.net.mask_token is None
     assert not [name for name in model.state_dict() if "patch" in name and "patch_embed" not in name]
