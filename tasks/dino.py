@@ -5,6 +5,7 @@ import math
 from typing import Any, get_args
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from moa_lightning import FFNConfig
@@ -138,6 +139,8 @@ class DINO(SelfSupervised):
         self._images = 0  # in the batch that is going through the net
 
     def choose(self) -> None:
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_run()
         if self.hparams["out_dim"] is None:
             images = 0 if self._trainer is None else self.data.train_samples
             if not images:
@@ -150,6 +153,14 @@ class DINO(SelfSupervised):
         self.loss = DINOLoss(h["out_dim"], *how)
         if self.ibot is not None:
             self.patch_loss = IBOTLoss(self.ibot.out_dim or h["out_dim"], *how)
+
+    def _check_run(self) -> None:
+        """UserError where a fit could not train the net."""
+        if self.trainer.precision == "bf16-true":
+            raise UserError(
+                "DINO needs float32 weights, as its teacher moves by less than bfloat16 can tell: set "
+                "trainer.precision to bf16-mixed"
+            )
 
     def choose_schedules(self) -> None:
         steps = self.total_steps
@@ -243,7 +254,9 @@ class DINO(SelfSupervised):
         for name, part in parts.items() if len(parts) > 1 else ():
             self.log(f"train/{name}", part.detach(), sync_dist=True)
         self.log("train/loss", loss.detach(), sync_dist=True)
-        self.log("train/teacher_entropy", entropy / math.log(self.hparams["out_dim"]), sync_dist=True)
+        largest = math.log(self.hparams["out_dim"])
+        self.log("train/teacher_entropy", entropy / largest, sync_dist=True)
+        self.log("train/prototype_entropy", self.loss.mean_entropy / largest, sync_dist=True)
         return loss
 
     def mix_forward(self, batch: dict[str, Any]) -> None:

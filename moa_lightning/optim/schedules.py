@@ -117,7 +117,7 @@ def cosine_schedule(start: float, end: float, progress: float) -> float:
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of optimiser step `step` (0 is the first) in units of the peak; `config` is one run's (`of_run`)."""
+    """Learning rate of optimiser step `step` (0 is the first) in units of the peak, of a config `of_run`."""
     warmup = config.warmup_steps
     assert warmup is not None
     if step < warmup:

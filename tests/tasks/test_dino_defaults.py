@@ -72,3 +72,13 @@ def test_what_was_left_open_is_taken_from_the_run_that_is_judged(tmp_path: Path)
     trainer(1, tmp_path).validate(model, datamodule=module, verbose=False)
     assert model.net.student.head.last_layer.out_features == 64
     assert model.hparams["drop_path_rate"] == 0.0
+
+
+def test_a_teacher_in_bfloat16_is_refused_for_training_only(tmp_path: Path) -> None:
+    for judge in (False, True):
+        model, run = task("dino", seed=0), trainer(1, tmp_path, precision="bf16-true", limit_val_batches=1)
+        if judge:
+            run.validate(model, datamodule=data_for("dino", tmp_path), verbose=False)
+        else:
+            with pytest.raises(UserError, match=r"set trainer\.precision to bf16-mixed"):
+                run.fit(model, datamodule=data_for("dino", tmp_path))
