@@ -1,10 +1,12 @@
 """Checkpoints as tensors under names, and how they are read: whole, or the shards that a process needs.
 
-Reading unpickles nothing but tensors and plain containers. torch.distributed.checkpoint keeps its table of shards as a
-pickle, so that is read with a list of the few classes it consists of; everything in a checkpoint that is not a tensor
-lies in `meta.pt`.
+Reading unpickles nothing but tensors and plain containers, and argparse.Namespace, in which the official checkpoints of
+MAE and DINO keep their options: it holds attributes and runs no code. torch.distributed.checkpoint keeps its table of
+shards as a pickle, so that is read with a list of the few classes it consists of; everything in a checkpoint that is
+not a tensor lies in `meta.pt`.
 """
 
+import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +80,8 @@ def join_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict
 def read_file(path: Path) -> dict[str, Any]:
     """A checkpoint in one file. Errors as in `RunCheckpointIO.load_checkpoint`."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises whatever its readers raise
         raise _unreadable(path, error) from error
 

@@ -116,6 +116,8 @@ def read_weights(path: str) -> Weights:
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"weights '{path}' cannot be read ({error}); give another file") from error
     content: Any = RunCheckpointIO().load_checkpoint(place)
+    if not isinstance(content, dict):
+        raise UserError(f"weights '{path}' are no tensors by name; give another file")
     ffn = _ffn(content.get("hyper_parameters"))
     for envelope in ENVELOPES:
         inside = content.get(envelope)

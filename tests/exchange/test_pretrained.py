@@ -1,5 +1,6 @@
 """Encoders from files: of our own runs, of timm and of the official repositories, in whatever envelope they come."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,28 @@ def test_positions_of_another_grid_are_timms_own_interpolation(tmp_path: Path) -
     assert torch.allclose(net.vit.pos_embed, theirs.pos_embed, atol=1e-6)
 
 
+class Planted:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("planted"),)
+
+
+def test_official_checkpoints_hold_their_arguments_which_run_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    theirs = shake(timm.create_model(NAME, num_classes=0, img_size=IMAGE, **SMALL)).eval()
+    arguments = argparse.Namespace(lr=0.1, output_dir="x", betas=(0.9, 0.95))
+    torch.save({"model": theirs.state_dict(), "args": arguments, "epoch": 3}, "theirs.pth")
+    net = classifier()
+    load_encoder(net.vit, "theirs.pth")
+    assert_same_encoder(net, theirs)
+    arguments.resume = Planted()
+    torch.save({"model": theirs.state_dict(), "args": arguments}, "planted.pth")
+    with pytest.raises(UserError, match="could run code"):
+        load_encoder(net.vit, "planted.pth")
+    assert not Path("planted").exists()
+
+
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     path = saved(tmp_path / "moa.ckpt", classifier(MOA).state_dict())
     for net, word in (
@@ -189,11 +212,11 @@ RELU2 = FFNConfig(activation="relu2")
 @pytest.mark.parametrize(
     ("source", "target", "words"),
     [
-        (RELU2, GELU, "compute relu2, and here gelu: match ffn.activation"),
-        (RELU2, MOA, "compute relu2, which the mixes here do not start as; set .*ffn.activation to relu2"),
+        (RELU2, GELU, r"compute relu2, and here gelu: match ffn\.activation"),
+        (RELU2, MOA, r"compute relu2, which the mixes here do not start as; set .*ffn\.activation to relu2"),
         (GELU, FFNConfig("moa", init="paper"), "compute gelu, which the mixes here do not start as"),
-        (MOA, FFNConfig("moa", gate="tanh"), "are sigmoid, and here tanh: match ffn.gate"),
-        (FFNConfig("la"), FFNConfig("la", dictionary=tuple(reversed(MOA.dictionary))), "match ffn.dictionary"),
+        (MOA, FFNConfig("moa", gate="tanh"), r"are sigmoid, and here tanh: match ffn\.gate"),
+        (FFNConfig("la"), FFNConfig("la", dictionary=tuple(reversed(MOA.dictionary))), r"match ffn\.dictionary"),
     ],
 )
 @pytest.mark.parametrize("form", ["run", "joint", "export", "timm"])
