@@ -2,7 +2,8 @@
 
 Weight decay belongs to matrices of the trunk. The coefficients of a mix (α, u, b) must not decay: learned activations
 have been judged weak because they were. They form a group of their own, with a learning-rate factor. Norms, biases,
-tokens, position tables and parameters of activations do not decay either. Of experts, which stack the parameters of
+tokens, position tables and parameters of activations do not decay either; the learned norms of DINO's prototypes do, as
+in the official code. Of experts, which stack the parameters of
 several layers, each counts as what it is in one of them.
 
 Muon takes what the user's patterns name: the matrices of the trunk. Embeddings, output matrices, routers, gates and
@@ -51,7 +52,7 @@ def parameter_groups(
             names["mixing"].append(parameter)
         elif id(parameter) in orthogonal:
             names["muon"].append(parameter)
-        elif _axes(parameter, stacked) < 2 or name.endswith(("_token", "pos_embed", "last_layer.norm")):
+        elif _axes(parameter, stacked) < 2 or name.endswith(("_token", "pos_embed")):
             names["no_decay"].append(parameter)
         else:
             names["decay"].append(parameter)

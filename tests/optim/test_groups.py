@@ -102,9 +102,10 @@ def test_tokens_biases_and_layer_scales_of_vision_nets_do_not_decay() -> None:
     groups = grouped(dino(FFNConfig("la")))
     backbone = "student.backbone."
     free = {"cls_token", "reg_token", "pos_embed", "patch_embed.proj.bias", "blocks.0.ls1.gamma", "norm.weight"}
-    assert {backbone + name for name in free} | {"student.head.last_layer.norm"} <= groups["no_decay"]
+    assert {backbone + name for name in free} <= groups["no_decay"]
     matrices = {"patch_embed.proj.weight", "blocks.1.attn.qkv.weight", "blocks.1.mlp.up_proj.weight"}
-    assert {backbone + name for name in matrices} | {"student.head.last_layer.weight"} <= groups["decay"]
+    prototypes = {f"student.head.last_layer.{name}" for name in ("weight", "norm")}  # as in the official code
+    assert {backbone + name for name in matrices} | prototypes <= groups["decay"]
     assert not any(name.startswith("teacher") for names in groups.values() for name in names)
     groups = grouped(mae(FFNConfig("la")))
     assert {"decoder.mask_token", "encoder.reg_token", "decoder.pred.bias"} <= groups["no_decay"]
