@@ -7,6 +7,7 @@ images (data.bank_size of them; the official protocols take all), and every choi
 are looked at once. Every process gathers all features and works out the same figures.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from ..evaluation.knn import knn_accuracies
 from ..evaluation.linear_sweep import RATES, LinearAccuracy, linear_accuracy
 from ..evaluation.rank import feature_rank
 
+log = logging.getLogger(__name__)
+
 MOST_PIXELS = 4096  # values of an image: where raw pixels are a baseline that anybody would use
 BANK, QUERY = 0, 1
 WIDTH = 120  # columns of the table, also where the output is a file
@@ -32,7 +35,7 @@ class Figures(NamedTuple):
     """What features are worth."""
 
     neighbours: dict[int, float]  # k -> percent
-    linear: LinearAccuracy
+    linear: LinearAccuracy | None  # None where there are too few images
     rank: float  # of the queries
 
 
@@ -151,19 +154,28 @@ class FeatureProbes(L.Callback):
         for name, figures in table.items():
             prefix = f"{split}/" + ("" if name == "features" else "pixels_")
             values = {f"{prefix}knn{k}_top1": value for k, value in figures.neighbours.items()}
-            pl_module.log_dict({**values, f"{prefix}probe_top1": figures.linear.top1}, sync_dist=False)
+            if figures.linear is not None:
+                values[f"{prefix}probe_top1"] = figures.linear.top1
+            pl_module.log_dict(values, sync_dist=False)
         if trainer.is_global_zero:
             Console(width=WIDTH, highlight=False).print(self._table(split, table))
 
     def _judge(self, bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> Figures:
         neighbours = knn_accuracies(bank, bank_labels, queries, labels, self.ks, self.temperature)
-        linear = linear_accuracy(bank, bank_labels, queries, labels, self.epochs, self.rates, self.held_out)
+        linear: LinearAccuracy | None = None
+        try:
+            linear = linear_accuracy(bank, bank_labels, queries, labels, self.epochs, self.rates, self.held_out)
+        except UserError as error:  # a run should not end for it
+            log.warning("no linear probe: %s", error)
         return Figures(neighbours, linear, float(feature_rank(queries)))
 
     def _table(self, split: str, found: dict[str, Figures]) -> Table:
         columns = [f"{k}-NN" for k in self.ks]
         table = Table(f"{split} top-1, %", *columns, "linear", "chosen on training images", "rank")
         for name, (neighbours, linear, rank) in found.items():
+            if linear is None:
+                table.add_row(name, *(f"{neighbours[k]:.2f}" for k in self.ks), "", "", f"{rank:.1f}")
+                continue
             edge = ", the sweep's end" if linear.at_edge else ""
             kind = "standardised" if linear.scaling == "each" else "as they are"
             chosen = f"rate {linear.rate:g}{edge}, {kind} ({linear.chosen_top1:.2f} there)"

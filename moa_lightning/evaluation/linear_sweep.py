@@ -21,12 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
+
 Scaling: TypeAlias = Literal["each", "all"]
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 SCALINGS: tuple[Scaling, ...] = ("each", "all")
 MOMENTUM, BATCH, EPS = 0.9, 256, 1e-6
 STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 10_000, 10, 100  # DINOv2 trains 10 epochs of ImageNet, DINO 100, MAE 90
+FEWEST_STEPS = 1_000  # of a few hundred images, for which 100 epochs are as many steps
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,20 @@ def linear_accuracy(
 
     Rate and scaling are chosen on a share `held_out` of the bank, which has every class in its proportion; the chosen
     classifier is then trained on the whole bank. The queries are looked at once, at the end. Without `epochs` it is
-    about 10,000 steps, but 10 epochs at least and 100 at most.
+    about 10,000 steps, but 10 epochs at least and 100 at most, of few features as many as make 1,000 steps.
+
+    Raises:
+        UserError: no class has two features in the bank, so none can be set aside.
     """
     bank, queries = bank.float(), queries.float()
     epochs = default_epochs(len(bank)) if epochs is None else epochs
     classes = int(torch.maximum(bank_labels.max(), labels.max())) + 1
     aside = set_aside(bank_labels, held_out)
+    if not aside.any():
+        raise UserError(
+            "a linear probe chooses its rate on labelled images that are set aside, and no class has two: give more "
+            "labelled images"
+        )
     best: tuple[float, int, Scaling] | None = None
     for scaling in SCALINGS:
         candidates = LinearClassifiers(bank[~aside], scaling, classes, rates)
@@ -131,16 +142,18 @@ def linear_accuracy(
 
 
 def default_epochs(samples: int) -> int:
-    """Epochs of about STEPS batches, within what the official protocols train."""
-    return min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(STEPS * BATCH / samples)))
+    """Epochs of about STEPS batches, within what the official protocols train, of few samples FEWEST_STEPS batches."""
+    epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(STEPS * BATCH / samples)))
+    return max(epochs, math.ceil(FEWEST_STEPS / max(1, samples // BATCH)))
 
 
 def set_aside(labels: Tensor, share: float) -> Tensor:
-    """Which of n samples are set aside: bool (n,), the share of every class (one at least), the same every time."""
+    """Which of n samples are set aside: bool (n,), the share of every class (one at least, never all), the same every
+    time."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
     aside = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     for label in labels.unique():
         members = order[labels[order] == label]
-        aside[members[: max(1, round(share * len(members)))]] = True
+        aside[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
     return aside

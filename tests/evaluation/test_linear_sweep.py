@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from moa_lightning.errors import UserError
 from moa_lightning.evaluation import knn_accuracies, linear_accuracy
 from moa_lightning.evaluation.linear_sweep import LinearClassifiers, default_epochs, set_aside
 
@@ -68,8 +69,18 @@ def test_rate_and_scaling_do_not_look_at_the_queries() -> None:
     assert linear_accuracy(bank, bank_labels, queries, labels, epochs=2) == found
 
 
-def test_few_images_are_seen_a_hundred_times_and_a_million_ten_times() -> None:
-    assert [default_epochs(count) for count in (1_000, 51_200, 1_281_167)] == [100, 50, 10]
+def test_few_images_are_seen_a_hundred_times_and_a_million_ten_times_and_a_handful_in_a_thousand_steps() -> None:
+    assert [default_epochs(count) for count in (3_500, 51_200, 1_281_167)] == [100, 50, 10]
+    assert [default_epochs(count) * max(1, count // 256) for count in (5, 300, 1_000)] == [1000, 1000, 1002]
+
+
+def test_single_images_are_never_set_aside_and_no_probe_is_made_of_them_alone() -> None:
+    features, one_each = clouds(5, 0)[0], torch.arange(5)
+    with pytest.raises(UserError, match="no class has two"):
+        linear_accuracy(features, one_each, features, one_each)
+    labels = torch.tensor([0, 0, 1, 2, 2])
+    assert labels[~set_aside(labels, 0.9)].unique().tolist() == [0, 1, 2]
+    assert linear_accuracy(features, labels, features, labels, epochs=50).top1 == 100
 
 
 def test_a_share_of_every_class_is_set_aside() -> None:
