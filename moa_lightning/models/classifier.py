@@ -18,6 +18,7 @@ from .init import initialize, vision_rule
 from .vit import blocks_flops, build_vit, check_size, is_plain, norms_flops
 
 HEAD_STD = 2e-5
+HEADS = ("head", "head_dist")  # distilled nets have a second one, for the distillation token: logits are the mean
 
 
 class ImageClassifier(nn.Module):
@@ -68,8 +69,8 @@ class ImageClassifier(nn.Module):
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Both of images (B, C, H, W): (B, D), (B, num_classes)."""
-        features = self.features(images)
-        return features, self.vit.head(features)
+        tokens = self.vit.forward_features(images)
+        return self.vit.forward_head(tokens, pre_logits=True), self.vit.forward_head(tokens)
 
     def layer_rates(self, decay: float) -> dict[str, float]:
         """Learning rate of each parameter in units of the head's: `decay` once for every layer that lies above it.
@@ -87,12 +88,13 @@ class ImageClassifier(nn.Module):
         patches = int(vit.patch_embed.num_patches)
         tokens = patches + int(vit.num_prefix_tokens)
         blocks = blocks_flops(vit.blocks, int(vit.embed_dim), tokens) + norms_flops(vit, tokens)
-        return 2.0 * vit.patch_embed.proj.weight.numel() * patches + blocks + 2.0 * vit.head.weight.numel()
+        heads = sum(getattr(vit, name).weight.numel() for name in HEADS if hasattr(vit, name))
+        return 2.0 * vit.patch_embed.proj.weight.numel() * patches + blocks + 2.0 * heads
 
 
 def classifier_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """vision_rule, and a head near zero."""
-    if name == "vit.head.weight":
+    """vision_rule, and heads near zero."""
+    if name in [f"vit.{head}.weight" for head in HEADS]:
         parameter.normal_(std=HEAD_STD, generator=generator)
     else:
         vision_rule(module, name, parameter, generator)

@@ -47,6 +47,19 @@ def test_the_head_starts_near_zero() -> None:
     assert not head.bias.any()
 
 
+def test_a_distilled_net_has_two_heads_and_their_mean() -> None:
+    net = classifier("deit_tiny_distilled_patch16_224", pool="token")
+    assert 1e-5 < net.vit.head_dist.weight.std() < 3e-5
+    net = shake(net).eval()
+    with torch.no_grad():
+        features, logits = net.features_and_logits(images())
+        assert torch.equal(logits, net(images()))
+        tokens = net.vit.forward_features(images())
+        expected = (net.vit.head(tokens[:, 0]) + net.vit.head_dist(tokens[:, 1])) / 2
+        assert torch.allclose(logits, expected, atol=1e-6)
+        assert torch.allclose(features, tokens[:, :2].mean(1), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", [TINY, "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224"])
 def test_rates_fall_from_the_head_to_the_patches(name: str) -> None:
     """As MAE's lr_decay counts: patches, tokens and positions 0, block i is i + 1, the head one more than the last."""
