@@ -51,6 +51,12 @@ def domain_of(batch: Any) -> str:
     return "language" if "tokens" in batch else "vision"
 
 
+def parts_at_work(module: L.LightningModule, batch: Any) -> dict[str, L.LightningModule]:
+    """The tasks of a joint one that a training batch has samples for, by domain; none of any other task."""
+    parts: dict[str, L.LightningModule] = getattr(module, "parts", {})
+    return {domain: part for domain, part in parts.items() if batch.get(domain) is not None}
+
+
 def steps_in_this_batch(trainer: L.Trainer) -> bool:
     """Whether the optimiser steps at the end of the current training batch (it does not while gradients accumulate)."""
     return not trainer.fit_loop._should_accumulate()

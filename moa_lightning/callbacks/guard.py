@@ -3,7 +3,8 @@
 The task has its optimiser skip a step whose gradient is not finite (tasks/base.py), without waiting for the device.
 Here the skipped steps are counted, their batches are kept for a look, and a run that only skips is ended. The outcome
 of a step is read when the next one has been launched, so that a GPU never stands still for it. Losses that jump are
-reported from the values that are logged anyway.
+reported from the values that are logged anyway; in a joint run each domain's by itself, as their sum is that of one or
+two of them.
 """
 
 import logging
@@ -18,7 +19,7 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor
 
 from ..errors import Diverged, UserError
-from .common import is_logging_step, log_scalars, run_folder, steps_in_this_batch
+from .common import is_logging_step, log_scalars, parts_at_work, run_folder, steps_in_this_batch
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +48,16 @@ class Guard(L.Callback):
         self.stop_after = stop_after
         self.skipped = self.in_a_row = self.spikes = 0
         self._pending: tuple[int, Any, Tensor, torch.cuda.Event | None] | None = None
-        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._losses: dict[str, deque[float]] = {}  # the last ones by name
         self._folder: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes, "losses": [*self._losses]}
+        losses = {name: [*values] for name, values in self._losses.items()}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes, "windows": losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row, self.spikes = state["skipped"], state["in_a_row"], state["spikes"]
-        self._losses = deque(state["losses"], WINDOW)
+        self._losses = {name: deque(values, WINDOW) for name, values in state.get("windows", {}).items()}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._folder = run_folder(trainer)
@@ -76,7 +78,8 @@ class Guard(L.Callback):
             self._pending = (trainer.global_step, batch, flag, None)
             self._read(trainer)
         if is_logging_step(trainer):
-            self._watch_loss(trainer)
+            for name in watched_losses(pl_module, batch):
+                self._watch_loss(trainer, name)
             found = {"train/skipped_steps": self.skipped, "train/loss_spikes": self.spikes}
             log_scalars(trainer, {name: value for name, value in found.items() if value})
 
@@ -114,15 +117,21 @@ class Guard(L.Callback):
         torch.save(apply_to_collection(batch, Tensor, lambda t: t.detach().cpu()), path)
         return path
 
-    def _watch_loss(self, trainer: L.Trainer) -> None:
-        loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
+    def _watch_loss(self, trainer: L.Trainer, name: str) -> None:
+        loss = float(trainer.callback_metrics.get(name, float("nan")))
         if loss != loss:
             return
-        if len(self._losses) >= LEAST:
-            middle = median(self._losses)
-            spread = median(abs(value - middle) for value in self._losses)
+        known = self._losses.setdefault(name, deque(maxlen=WINDOW))
+        if len(known) >= LEAST:
+            middle = median(known)
+            spread = median(abs(value - middle) for value in known)
             if loss > middle + JUMP * max(spread, 1e-3 * abs(middle)):
                 self.spikes += 1
                 if trainer.is_global_zero:
-                    log.warning("step %d: train/loss jumped to %.4g from %.4g", trainer.global_step, loss, middle)
-        self._losses.append(loss)
+                    log.warning("step %d: %s jumped to %.4g from %.4g", trainer.global_step, name, loss, middle)
+        known.append(loss)
+
+
+def watched_losses(pl_module: L.LightningModule, batch: Any) -> list[str]:
+    """Names of the losses that a batch has given: of a joint task those of the domains that had a turn."""
+    return [f"train/loss_{domain}" for domain in parts_at_work(pl_module, batch)] or ["train/loss"]

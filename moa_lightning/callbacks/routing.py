@@ -10,22 +10,25 @@ import lightning as L
 import torch
 
 from ..moe import Routing
-from .common import is_logging_step, tensorboard_step, tensorboard_writer, write_scalars
+from .common import is_logging_step, parts_at_work, tensorboard_step, tensorboard_writer, write_scalars
 
 
 class RoutingTelemetry(L.Callback):
     """Logs, for each block with experts, on logging steps: routing/<block>/load/<expert>, the expert's share of the
     assignments in units of an even share (1 everywhere is balanced); entropy, of the router over log E (1: undecided);
     dropped, the share of assignments without a place (expert choice: of tokens that no expert took). Does nothing for
-    a net without experts."""
+    a net without experts; of a joint task's nets, one may have them."""
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        routing = getattr(getattr(pl_module, "net", None), "routing", None)
-        if not isinstance(routing, Routing) or not is_logging_step(trainer):
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not is_logging_step(trainer):
             return
         writer = tensorboard_writer(trainer)
-        if writer is not None:
-            write_scalars(writer, scalars(routing), tensorboard_step(trainer))
+        for task in parts_at_work(pl_module, batch).values() or (pl_module,):
+            routing = getattr(getattr(task, "net", None), "routing", None)
+            if writer is not None and isinstance(routing, Routing):
+                write_scalars(writer, scalars(routing), tensorboard_step(trainer))
 
 
 def scalars(routing: Routing) -> dict[str, float]:

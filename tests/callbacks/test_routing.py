@@ -1,6 +1,8 @@
 """What is logged of routers and of experts' mixes are the numbers of their formulas."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +60,27 @@ def test_it_is_written_on_logging_steps(tmp_path: Path) -> None:
         assert [event.step for event in log.Scalars(tag)] == [1, 3, 5, 7, 9]
     loads = [log.Scalars(f"routing/block01/load/expert0{e}")[-1].value for e in range(3)]
     assert sum(loads) == pytest.approx(3.0)
+
+
+class Together(Routed):
+    """As a joint task: the experts are in one of its parts, which has a turn in every fourth batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed, self.net = self.net, torch.nn.Module()
+        self.parts = {"vision": SimpleNamespace(), "language": SimpleNamespace(net=self.routed)}
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        batch |= {"vision": 1, "language": None if batch_idx % 4 else 1}
+        self.net.blocks = self.routed.blocks
+        loss = super().training_step(batch, batch_idx)
+        self.routed.routing = self.net.routing
+        return loss
+
+
+def test_the_part_of_a_joint_task_with_experts_is_found_in_its_turns(tmp_path: Path) -> None:
+    fit(Together(), tmp_path / "run", [RoutingTelemetry()], val=None, log_every_n_steps=1, max_steps=6)
+    assert [event.step for event in events(tmp_path / "run").Scalars("routing/block00/entropy")] == [0, 4]
 
 
 def test_a_net_without_experts_logs_nothing(tmp_path: Path) -> None:
