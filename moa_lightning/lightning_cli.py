@@ -24,9 +24,6 @@ import data
 import tasks
 from data.image_base import ImageModule
 from data.image_sources import folder_images
-from data.labelled_text import LabelledText
-from data.text import TextModule
-from tasks.vision import SelfSupervised
 
 from . import parallel  # noqa: F401 - registers the strategy fsdp2
 from .callbacks import DataFaults, MultipleChoice, default_callbacks
@@ -46,6 +43,7 @@ from .configs import Fragment
 from .controls import hold_mixes, token_means
 from .errors import UserError
 from .evaluated import Settings, check_pixels, fill_data, settings_of
+from .matching import check_kind, check_share
 from .mistakes import mistakes, quiet
 from .options import Option, Tree
 from .run_folder import (
@@ -225,6 +223,8 @@ class MoaCLI(LightningCLI):
             raise
         except (ValueError, TypeError) as error:  # the Trainer's own check of its options
             raise UserError(f"trainer: {error}") from error
+        if self.subcommand == "fit":
+            check_share(self.model, self.datamodule, self.trainer.world_size)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -311,32 +311,6 @@ class MoaCLI(LightningCLI):
         file = next(c for c in self.trainer.callbacks if isinstance(c, PredictionFile))  # type: ignore[attr-defined]
         shapes = ", ".join(f"{name} {shape}" for name, shape in file.shapes.items())
         Console(soft_wrap=True, highlight=False).print(f"{file.path}: {shapes}", markup=False)
-
-
-def check_kind(task: L.LightningModule, datamodule: L.LightningDataModule) -> None:
-    """Raise UserError for data that a task cannot train on."""
-    name, source = type(task).__name__, type(datamodule).__name__
-    if isinstance(task, tasks.Joint) and isinstance(datamodule, data.Joint):
-        for domain, part in task.parts.items():
-            check_kind(part, datamodule.parts[domain])
-        return
-    if isinstance(task, tasks.Joint) or isinstance(datamodule, data.Joint):
-        raise UserError(f"{name} does not train on {source}; the task Joint needs --data Joint, and no other task does")
-    if isinstance(task, tasks.SequenceClassification) != isinstance(datamodule, LabelledText):
-        raise UserError(
-            f"{name} does not train on {source}; the task SequenceClassification needs --data TextTask or --data "
-            "LabelledFiles, and no other task does"
-        )
-    if isinstance(task, SelfSupervised | tasks.ImageClassification) and isinstance(datamodule, TextModule):
-        raise UserError(f"{name} trains on images, and {source} is text; choose --data Images or --data ImageShards")
-    if isinstance(task, tasks.LanguageModeling) and isinstance(datamodule, ImageModule):
-        raise UserError(f"{name} trains on text, and {source} is images; choose --data TextFiles or --data TextShards")
-    if isinstance(task, tasks.DINO) and isinstance(datamodule, ImageModule):
-        views = len(datamodule.transform.build(datamodule.image_size))
-        if views < 2:
-            raise UserError(
-                f"DINO compares views of an image, and the data give {views}; choose --data.transform MultiCrop"
-            )
 
 
 def loggers(run_dir: Path, given: Any) -> Any:

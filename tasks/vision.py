@@ -96,7 +96,9 @@ class SelfSupervised(Task):
         with self.trainer.precision_plugin.forward_context():
             seen = look(backbone, images, self.net.features)
         shown, size = picture(images, data.mean, data.std), images.shape[-2:]
-        pictures = {"patches": cells([shown, patch_colours(seen.patches, size)])}
+        pictures = {}
+        if bool(seen.patches.isfinite().all()):  # a net that diverges has no components; the guard ends its run
+            pictures["patches"] = cells([shown, patch_colours(seen.patches, size)])
         if seen.attention is not None:
             pictures["attention"] = cells([shown, *attention_rows(seen.attention, size)])
         if self._bank_ids:

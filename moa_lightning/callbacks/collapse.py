@@ -4,7 +4,7 @@ Figures of the training batch show it on logging steps: how much of the features
 (train/feature_spread), the feature rank (train/feature_rank, RankMe) and, with DINO, two entropies in units of the
 uniform distribution's: that of the teacher's outputs (train/teacher_entropy), which is 1 where they say nothing, and
 that of their mean over the batch (train/prototype_entropy), which is 0 where they say the same of every image. A
-diagnosis needs a finding on `PATIENCE` logging steps in a row: nets pass through such states early in a run. It stands in
+diagnosis needs a finding on `PATIENCE` logging steps in a row: nets pass through such states early in a run. It is in
 the progress bar and the log, as text in TensorBoard, and as train/collapsed (0 or 1). A process with one image of a
 batch cannot compare any, and nothing is said there.
 """

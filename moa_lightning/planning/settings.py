@@ -24,7 +24,8 @@ from data.text import TextModule, TokenModule
 
 from ..configs import Fragment
 from ..errors import UserError
-from ..lightning_cli import DEFAULT_CLASSES, MoaCLI, check_kind, option_roots
+from ..lightning_cli import DEFAULT_CLASSES, MoaCLI, option_roots
+from ..matching import check_kind
 from ..options import Option, Tree, find_class, import_path
 from ..parallel import FSDPStrategy
 from ..trainer_options import check_length

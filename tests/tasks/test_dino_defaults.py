@@ -10,6 +10,7 @@ from rich.console import Console
 from moa_lightning.callbacks.report import RunReport
 from moa_lightning.errors import UserError
 from moa_lightning.losses import koleo_loss
+from moa_lightning.matching import check_share
 from tasks import DINO
 from tasks.dino import default_momentum, default_out_dim
 from tests.tasks.conftest import VIT, data_for, task, trainer
@@ -82,3 +83,21 @@ def test_a_teacher_in_bfloat16_is_refused_for_training_only(tmp_path: Path) -> N
         else:
             with pytest.raises(UserError, match=r"set trainer\.precision to bf16-mixed"):
                 run.fit(model, datamodule=data_for("dino", tmp_path))
+
+
+def test_koleo_needs_two_images_a_process() -> None:
+    model, module = task("dino", koleo_weight=0.1), data_for("dino", Path())  # 16 a batch
+    check_share(model, module, 8)
+    check_share(task("dino"), module, 16)
+    with pytest.raises(UserError, match="leaves no two"):
+        check_share(model, module, 16)
+
+
+def test_a_diverged_net_is_drawn_without_the_colours_of_its_patches(tmp_path: Path) -> None:
+    model, module, run = task("dino", seed=0), data_for("dino", tmp_path), trainer(1, tmp_path)
+    run.fit(model, datamodule=module)
+    batch = next(iter(module.val_dataloader()[1]))
+    model.trainer = run
+    assert "patches" in model.pictures(batch)
+    model.net.teacher.backbone.patch_embed.proj.bias.data[0] = torch.nan
+    assert "patches" not in model.pictures(batch)
