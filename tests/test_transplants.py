@@ -163,6 +163,7 @@ def test_an_upgraded_net_computes_what_it_computed(tmp_path: Path, name: str) ->
         (FFNConfig(), FFNConfig("moa", init="paper"), "ffn.init"),
         (FFNConfig(), FFNConfig("moa", gates="frozen"), "ffn.gates"),
         (FFNConfig(), FFNConfig("la", activation="relu"), "ffn.activation to gelu"),
+        (FFNConfig(activation="relu2"), FFNConfig(), "compute relu2, and here gelu: match ffn.activation"),
         (FFNConfig("moa"), FFNConfig("la"), "which this net lacks"),
         (FFNConfig("moa"), FFNConfig("moa", gate="tanh"), "match ffn.gate"),
         (FFNConfig(hidden_ratio=2.0), FFNConfig("moa"), r"in the shape \(32, 16\)"),

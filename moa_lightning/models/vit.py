@@ -53,7 +53,7 @@ def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            net = timm.create_model(
+            net: Any = timm.create_model(
                 name, pretrained=False, num_classes=0, img_size=image_size, in_chans=channels, **options
             )
         except Exception as error:  # whatever timm trips over, the reason is what it was given
