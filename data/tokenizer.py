@@ -204,7 +204,9 @@ def _exact(path: str, parts: dict[str, Any]) -> dict[str, Any]:
             f"tokenizer '{path}' changes text ({', '.join(changing + dropping)}), so bits per byte would be wrong: "
             "give one that keeps every character, or train one with moa data tokenizer"
         )
-    kept = {name: _without_prefix(parts[name]) for name in ("normalizer", "pre_tokenizer", "decoder") if name in parts}
+    kept: dict[str, Any] = {
+        name: _without_prefix(parts[name]) for name in ("normalizer", "pre_tokenizer", "decoder") if name in parts
+    }
     return {**parts, **kept}
 
 
