@@ -26,8 +26,11 @@ from moa_lightning.models.init import materialize, without_matrices, without_sta
 from moa_lightning.optim import (
     NO_AVERAGE,
     OptimizerConfig,
+    Settings,
     WeightAverage,
+    apply_settings,
     build_optimizer,
+    group_settings,
     split_sharded,
     total_norm,
 )
@@ -78,6 +81,7 @@ class Task(L.LightningModule):
         self.net: Any = None
         self.chosen: dict[str, float] = {}  # options that were computed from data and length, for the log
         self.average: WeightAverage | None = None
+        self._settings: Settings | None = None  # of the optimiser's groups, as the options say
         self._exchanged = False  # the averages are in the net, and its weights where the averages belong
         self.weights_from = weights_from
         self.missing_starts: list[str] = []  # sentences about files that options name and that are not there
@@ -218,9 +222,14 @@ class Task(L.LightningModule):
             return self.build(seed)
 
     def on_train_start(self) -> None:
-        """Refuse to begin where a start is not there; a run that goes on has it in its checkpoint."""
+        """Refuse to begin where a start is not there; a run that goes on has it in its checkpoint, and its optimiser
+        takes this run's options in place of those that it was saved with."""
         if self.global_step == 0 and self.missing_starts:
             raise UserError(self.missing_starts[0])
+        if self._settings is not None:
+            optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+            assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+            apply_settings(optimizer, schedule, self._settings)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the global generators, which drop path and mixing of images draw from, so that a resumed run draws what
@@ -231,11 +240,13 @@ class Task(L.LightningModule):
         torch.manual_seed(seed)
 
     def configure_optimizers(self) -> Any:
-        built = build_optimizer(self.net, self.run_config(), self.total_steps, self.learning_rates())
-        average = self.average
-        if average is not None:
-            built["optimizer"].register_step_post_hook(lambda *_: average.follow(self.net, self.global_step))
+        built = self.build_optimizer()
+        self._settings = group_settings(built["optimizer"])
         return built
+
+    def build_optimizer(self) -> dict[str, Any]:
+        """The optimiser and its schedule, see optim.build_optimizer."""
+        return build_optimizer(self.net, self.run_config(), self.total_steps, self.learning_rates())
 
     def run_config(self) -> OptimizerConfig:
         """The optimiser's settings for this run, everything that was left open filled in."""
@@ -304,6 +315,8 @@ class Task(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         before = self.before_step()
         super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.follow(self.net, self.global_step)  # this step counts as taken once this method is over
         self.after_step(before)
 
     def configure_gradient_clipping(

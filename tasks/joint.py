@@ -144,7 +144,7 @@ class Joint(Task):
             whole = replicated_parameters(self.net)
             self._replicated = [parameter for parameter in self.net.parameters() if parameter in whole]
 
-    def configure_optimizers(self) -> Any:
+    def build_optimizer(self) -> dict[str, Any]:
         parts: dict[str | None, Optimized] = {}
         for domain, part in self.parts.items():
             parts[domain] = Optimized(part.net, part.run_config(), part.learning_rates())

@@ -198,6 +198,28 @@ def build_joint_optimizer(parts: Mapping[str | None, Optimized], total_steps: in
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+Settings = list[dict[str, Any]]
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> Settings:
+    """The options of each parameter group; of an optimiser that has a schedule, with the peak rate "initial_lr"."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def apply_settings(
+    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR, settings: Settings
+) -> None:
+    """Give the groups their options, and the rates that the schedule has at its step with these peaks.
+
+    A checkpoint brings the options of the run that wrote it back with the moments, and its peaks with the step.
+    """
+    schedule.base_lrs = [options["initial_lr"] for options in settings]
+    for group, options, factor in zip(optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
+        group.update(options)
+        group["lr"] = options["initial_lr"] * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
 def _groups(part: Optimized) -> list[dict[str, Any]]:
     net, config, rates = part
     patterns = config.muon_parameters if config.name == "muon" else ()

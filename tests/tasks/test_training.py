@@ -180,6 +180,31 @@ def test_the_rate_of_a_run_follows_its_batch(text, tmp_path) -> None:
     assert model.chosen == {"lr": pytest.approx(4e-3)}
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_run_that_goes_on_takes_the_options_that_it_is_given(same: bool, text, tmp_path) -> None:
+    """A checkpoint brings options of the run that wrote it; those of a fresh optimiser are what is right."""
+    first = OptimizerConfig("muon", warmup_steps=4, lr=1e-3)
+    others = {"weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-5, "momentum": 0.5, "mixing_lr_factor": 3.0}
+    second = first if same else OptimizerConfig("muon", warmup_steps=8, lr=1e-4, **others)
+    seen: list[dict] = []
+
+    class Groups(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            seen.append([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
+
+    whole = trainer(4, tmp_path, limit_val_batches=0, callbacks=[Groups()])
+    begun = trainer(4, tmp_path, limit_val_batches=0, limit_train_batches=2, max_epochs=1)
+    for run, config in ((whole, second), (begun, first)):
+        run.fit(task("language", "moa", optimizer=config), datamodule=data_for("language", text))
+    begun.save_checkpoint(tmp_path / "begun.ckpt")
+    expected, seen[:] = seen[2:], []
+    goes_on = trainer(4, tmp_path, limit_val_batches=0, callbacks=[Groups()])
+    module = task("language", "moa", optimizer=second)
+    goes_on.fit(module, datamodule=data_for("language", text), ckpt_path=tmp_path / "begun.ckpt", weights_only=True)
+    assert seen == expected
+    assert len(seen) == 2
+
+
 def test_dino_can_clip_each_parameter_by_itself(text, tmp_path) -> None:
     """As the official code does: a gradient g becomes g · min(1, largest / (|g| + 1e-6))."""
     seen: list[list[torch.Tensor]] = []

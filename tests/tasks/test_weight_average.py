@@ -1,5 +1,6 @@
 """A fit that averages its weights, for every task: what is averaged, validated, left behind and saved."""
 
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -53,9 +54,10 @@ class Load(L.Callback):
         module.net.load_state_dict(self.weights)
 
 
-@pytest.mark.parametrize("kind", TASKS)
-def test_averages_follow_the_steps_and_are_validated(kind, text, tmp_path):
-    watch, module = Watch(), task(kind, "moa", optimizer=config())
+@pytest.mark.parametrize(("kind", "optimizer"), [*((kind, "adamw") for kind in TASKS), ("language", "muon")])
+def test_averages_follow_the_steps_and_are_validated(kind, optimizer, text, tmp_path):
+    torch.optim.AdamW([torch.zeros(1)])  # from now on torch calls an optimiser's hooks within AdamW's step too
+    watch, module = Watch(), task(kind, "moa", optimizer=replace(config(), name=optimizer))
     rhythm = {"accumulate_grad_batches": 2, "val_check_interval": 2 * STEPS, "check_val_every_n_epoch": None}
     fit = trainer(STEPS, tmp_path, callbacks=[watch], **rhythm)
     fit.fit(module, datamodule=data_for(kind, text))
