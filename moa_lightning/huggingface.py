@@ -56,6 +56,8 @@ class MoaConfig(PretrainedConfig):
         self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
         self.hidden_size, self.num_hidden_layers, self.head_dim = size.dim, size.depth, size.head_dim
         self.num_attention_heads, self.num_key_value_heads = size.num_heads, size.kv_heads
+        if self.moe.get("experts") and self.moe.get("router") == "expert_choice":
+            kwargs["use_cache"] = False  # a further token changes what those before it get
         super().__init__(**{**kwargs, "tie_word_embeddings": size.tie_embeddings})
 
 
@@ -97,6 +99,12 @@ class MoaForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.net.head = new_embeddings
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; without a cache where experts choose tokens and so must see a text whole."""
+        if self.net.chooses_from_sequences:
+            kwargs.setdefault("use_cache", False)
+        return super().generate(*args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -104,6 +112,7 @@ class MoaForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of further tokens.
@@ -114,10 +123,13 @@ class MoaForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: transformers' cache of a growing kind.
             labels: (B, T), -100 where they do not count; gives the mean loss of predicting each from those before.
             use_cache: make a cache where none is given; None: as the config says, never in training.
+            logits_to_keep: compute the logits of so many tokens at the end only; 0: of all.
             kwargs: what transformers' generation passes besides, position_ids among it; none of it is looked at.
 
         Raises:
-            ValueError: another kind of cache or mask, hidden states or attention weights are asked for.
+            ValueError: another kind of cache or mask, hidden states or attention weights are asked for; padding for
+                experts that choose tokens.
+            UserError: such experts are given a cache.
         """
         if getattr(past_key_values, "is_compileable", False):
             raise ValueError("this model reads growing caches only: leave cache_implementation out")
@@ -129,9 +141,13 @@ class MoaForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        if labels is not None and logits_to_keep:
+            raise ValueError("labels need all logits: leave logits_to_keep out")
         real = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        if real is not None and self.net.chooses_from_sequences:
+            raise ValueError("experts that choose tokens would choose padding: give texts of one length")
         cache = _Cache(self.net.config.depth, past_key_values, real)
-        logits = self.net(input_ids, cache)
+        logits = self.net(input_ids, cache, last=logits_to_keep or None)
         loss = None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")

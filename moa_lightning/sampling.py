@@ -24,10 +24,10 @@ class CausalModel(Protocol):
     context_length: int
 
     def new_cache(self) -> Any:
-        """An empty cache with a `length` in tokens."""
+        """An empty cache; None where a text must be read whole for each further token."""
 
-    def __call__(self, tokens: Tensor, cache: Any) -> Tensor:
-        """Logits (B, T, vocab_size) of further tokens (B, T)."""
+    def __call__(self, tokens: Tensor, cache: Any, *, last: int) -> Tensor:
+        """Logits (B, last, vocab_size) after the last ones of further tokens (B, T)."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,27 @@ def _only(p: Tensor, index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def continuation(
-    net: CausalModel, tokens: Tensor, new_tokens: int, generator: torch.Generator, sampling: Sampling
+    net: CausalModel,
+    tokens: Tensor,
+    new_tokens: int,
+    generator: torch.Generator,
+    sampling: Sampling,
+    ids: int | None = None,
 ) -> Iterator[Tensor]:
     """Tokens that follow, int64 (B, 1) each, for prompts (B, T) of one length, of which the last context counts.
 
     Args:
         generator: on the CPU.
+        ids: draw from token ids below it, where a vocabulary was padded; None: from all.
     """
     text = tokens[:, -net.context_length :]
     cache, unread = net.new_cache(), text
     for _ in range(new_tokens):
-        if cache.length + unread.shape[1] > net.context_length:
+        if text.shape[1] > net.context_length:
             text = text[:, -max(1, net.context_length // 2) :]
             cache, unread = net.new_cache(), text
         with torch.compiler.set_stance("force_eager"):  # a graph for every length would be compiled
-            logits = net(unread, cache)[:, -1]
+            logits = net(text if cache is None else unread, cache, last=1)[:, -1, :ids]
         unread = torch.multinomial(sampling.probabilities(logits).cpu(), 1, generator=generator).to(tokens.device)
         text = torch.cat([text, unread], dim=1)
         yield unread

@@ -41,6 +41,8 @@ from moa_lightning.transplants import load_weights
 Config = TypeVar("Config")
 Recompute: TypeAlias = bool | Literal["selective"]
 
+IDS = ("vocab_size", "num_classes")  # sizes that must reach those of the data, and may be larger
+
 
 def as_config(kind: type[Config], value: Any) -> Config:
     """A config dataclass from itself or from plain values, as checkpoints hold them."""
@@ -114,13 +116,19 @@ class Task(L.LightningModule):
             self.joint_log(f"{name}_{self.domain}", *args, **kwargs)
 
     def from_data(self, name: str) -> Any:
-        """The value of an argument that was left open: the data module's attribute of that name."""
+        """The value of an argument; of one that was left open, the data module's attribute of that name.
+
+        Raises:
+            UserError: nobody knows it, or the data have more ids than it has room for.
+        """
         value = self.hparams[name]
+        known = getattr(None if self._trainer is None else self.data, name, None)
         if value is None:
-            value = getattr(None if self._trainer is None else self.data, name, None)
-            if value is None:
+            if known is None:
                 raise UserError(f"{name} is open: give model.init_args.{name}, or train with data that know it")
-            self.hparams[name] = value
+            value = self.hparams[name] = known
+        elif name in IDS and known is not None and known > value:
+            raise UserError(f"model.{name} is {value}, but the data have {known}; give at least that, or null")
         return value
 
     def fill_open(self, saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class LanguageModeling(GPTTask):
         ffn: the feed-forward layer of every block.
         moe: experts in place of every block's feed-forward layer; moe.experts 0: none.
         optimizer: AdamW or Muon, and the schedule.
-        vocab_size: number of token ids; None: the data's.
+        vocab_size: number of token ids, which may be more than the data's (a multiple of 64 is faster on a GPU); None:
+            the data's.
         context_length: longest input in tokens; None: the data's.
         seed: of the initial weights; None: the run's seed.
         compile: compile each transformer block.
@@ -158,5 +159,5 @@ class LanguageModeling(GPTTask):
         prompt = torch.tensor([data.encode("\n")], device=self.device)
         generator = torch.Generator().manual_seed(0)
         with self.trainer.precision_plugin.forward_context():
-            tokens = self.net.generate(prompt, SAMPLE_TOKENS, generator)
+            tokens = self.net.generate(prompt, SAMPLE_TOKENS, generator, ids=data.vocab_size)
         return {"sample": data.decode(tokens[0, prompt.shape[1] :].tolist())}

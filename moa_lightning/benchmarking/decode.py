@@ -42,6 +42,7 @@ def gpt(setting: Setting, ffn: FFNConfig, dtype: torch.dtype) -> Callable[[], No
     trained(net).to(setting.device, dtype).eval()
     text = torch.zeros(1, sizes.context - REPEATS, dtype=torch.int64, device=setting.device)
     cache = net.new_cache()
+    assert cache is not None  # the net has no experts
     with torch.inference_mode():
         net(text, cache)
     read = cache.length

@@ -47,14 +47,22 @@ class GPT(Trunk):
             self.head.weight = self.embed.weight
         initialize(self, seed, gpt_rule)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        documents: Tensor | None = None,
+        last: int | None = None,
+    ) -> Tensor:
         """Tokens int64 (B, T) -> logits (B, T, vocab_size).
 
         Args:
             cache: of a text already read, which the tokens continue.
             documents: the number of each token's document, integers (B, T), to keep documents apart; not with a cache.
+            last: compute the logits of so many tokens at the end only; None: of all.
         """
-        return self.head(self._features(tokens, cache, documents))
+        features = self._features(tokens, cache, documents)
+        return self.head(features if last is None else features[:, -last:])
 
     def losses(
         self, tokens: Tensor, targets: Tensor, chunk: int, documents: Tensor | None = None
@@ -62,9 +70,10 @@ class GPT(Trunk):
         """Of tokens int64 (B, T), and documents as in forward: see losses.language.chunked_losses."""
         return chunked_losses(self._features(tokens, None, documents), self.head, targets, chunk)
 
-    def new_cache(self) -> Cache:
-        """An empty one, with room for the context length."""
-        return Cache(self.config.depth, self.context_length)
+    def new_cache(self) -> Cache | None:
+        """An empty one, with room for the context length; None where a further token changes what others get, so that
+        a text must be read again whole (expert choice)."""
+        return None if self.chooses_from_sequences else Cache(self.config.depth, self.context_length)
 
     def parameter_count(self, active: bool = False, embeddings: bool = True) -> int:
         """See Trunk.parameter_count; an output matrix of its own counts as an embedding."""
@@ -82,6 +91,7 @@ class GPT(Trunk):
         new_tokens: int,
         generator: torch.Generator,
         sampling: Sampling = Sampling(temperature=0.8),  # noqa: B008 - frozen
+        ids: int | None = None,
     ) -> Tensor:
-        """Sample a continuation: tokens (B, T) -> (B, T + new_tokens)."""
-        return torch.cat([tokens, *continuation(self, tokens, new_tokens, generator, sampling)], dim=1)
+        """Sample a continuation: tokens (B, T) -> (B, T + new_tokens); see sampling.continuation."""
+        return torch.cat([tokens, *continuation(self, tokens, new_tokens, generator, sampling, ids)], dim=1)

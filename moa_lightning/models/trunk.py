@@ -224,6 +224,7 @@ class Trunk(nn.Module):
         moe: experts in place of every block's feed-forward layer.
 
     Attributes:
+        chooses_from_sequences: experts choose tokens, so outputs depend on the whole input, also on its length.
         routing: what the routers did in the last forward pass, each tensor with the blocks on its first axis; None
             without experts.
     """
@@ -235,6 +236,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config, self.ffn, self.moe, self.context_length = config, ffn, moe, context_length
         self.routing: Routing | None = None
+        self.chooses_from_sequences = bool(moe.experts) and moe.router == "expert_choice"
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.embed_scale = None if ffn.pointwise_norm == "none" else Scale(1 / EMBEDDING_STD)
         self.blocks = nn.ModuleList(
@@ -253,6 +255,8 @@ class Trunk(nn.Module):
             raise ValueError("a cache continues one document, so none can be kept apart")
         before = 0 if cache is None else cache.length
         length = before + tokens.shape[1]
+        if before and self.chooses_from_sequences:
+            raise UserError("experts that choose tokens (moe.router) must see a text whole: read it without a cache")
         if length > self.context_length:
             raise UserError(f"input of {length} tokens is longer than the context length {self.context_length}")
         x = self.embed(tokens)  # (B, T, d)

@@ -48,6 +48,12 @@ OWN = {
         {"experts": 4, "top_k": 2, "shared_experts": 1, "balance": "bias"},
         "mixes activations",
     ),
+    "expert_choice": (
+        {},
+        FFNConfig("moa", hidden_ratio=1.0),
+        {"experts": 4, "router": "expert_choice", "capacity_factor": 1.0, "see_later_tokens": True},
+        "mixes activations",
+    ),
     "bias": ({}, FFNConfig(), {}, "biases"),
     "xielu": ({}, FFNConfig(activation="xielu", bias=False), {}, "activation xielu"),
 }

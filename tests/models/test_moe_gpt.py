@@ -8,8 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.models import GPT, GPTConfig
+from moa_lightning.models.trunk import Cache
 from moa_lightning.moe import MoEConfig
 from moa_lightning.parallel import checkpoint_blocks
+from moa_lightning.sampling import Sampling
 from tests.models.nets import FFNS, fragment, shake
 
 VOCAB, CONTEXT = 13, 10
@@ -87,6 +89,21 @@ def test_a_cache_changes_no_logit(ffn: str, router: str, kv_heads: int | None) -
         pieces = [net(piece, cache) for piece in text.split([3, 4, 1, 1, 1], dim=1)]
         assert cache.length == CONTEXT
         assert (torch.cat(pieces, dim=1) - net(text)).abs().max() < 1e-10
+
+
+def test_experts_that_choose_read_the_whole_text_for_each_further_token() -> None:
+    """One token alone would be taken by every expert. When the context is full, its newer half is read again."""
+    net = shake(gpt(FFNConfig("moa"), EXPERT_CHOICE)).eval()
+    text = tokens(1, 4)
+    while text.shape[1] < CONTEXT:
+        text = torch.cat([text, net(text).argmax(-1)[:, -1:]], dim=1)
+    written = net.generate(tokens(1, 4), CONTEXT - 4, torch.Generator(), Sampling(temperature=0.0))
+    assert torch.equal(written, text)
+    assert net.generate(text, 3, torch.Generator()).shape == (1, CONTEXT + 3)
+    cache = Cache(net.config.depth, CONTEXT)
+    net(text[:, :3], cache)
+    with pytest.raises(UserError, match="without a cache"):
+        net(text[:, 3:4], cache)
 
 
 def test_a_full_cache_is_refused() -> None:

@@ -180,6 +180,17 @@ def test_the_rate_of_a_run_follows_its_batch(text, tmp_path) -> None:
     assert model.chosen == {"lr": pytest.approx(4e-3)}
 
 
+def test_a_vocabulary_may_be_padded_but_no_size_may_be_too_small(text, tmp_path) -> None:
+    """The rows behind the data's ids would win every draw."""
+    padded = task("language", vocab_size=300)
+    trainer(1, tmp_path, limit_train_batches=1, limit_val_batches=0).fit(padded, datamodule=data_for("language", text))
+    with torch.no_grad():
+        padded.net.head.weight[256:299], padded.net.head.weight[299] = 1e3, -1e3
+    assert len(padded.texts()["sample"]) > 100
+    with pytest.raises(UserError, match=r"model\.vocab_size is 255, but the data have 256"):
+        trainer(1, tmp_path).fit(task("language", vocab_size=255), datamodule=data_for("language", text))
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_run_that_goes_on_takes_the_options_that_it_is_given(same: bool, text, tmp_path) -> None:
     """A checkpoint brings options of the run that wrote it; those of a fresh optimiser are what is right."""
