@@ -6,6 +6,7 @@ each under a line that counts them.
 """
 
 import argparse
+import codecs
 import importlib
 import sys
 from pathlib import Path
@@ -13,8 +14,6 @@ from typing import Any, NoReturn
 
 from .errors import UserError
 
-UNFINISHED = "\ufffd"  # what decoding makes of a character whose last bytes are still to come
-LONGEST_CHARACTER = 4  # bytes, so tokens at most
 WEIGHTS_HELP = "average or last ones, of a run that keeps an average (default: those that it validates)"
 
 
@@ -36,10 +35,10 @@ def generate_command(argv: list[str]) -> None:
     task, data = load(options.ckpt_path, getattr(options, "import"), options.weights)
     net = task.net.eval().to(device)
     alone = len(prompts) * options.num_samples == 1
-    for number, prompt in enumerate(prompts, start=1):
-        tokens = data.encode(prompt)
-        if not tokens:
-            raise UserError(f"prompt {number} is empty; give at least one character to continue")
+    encoded = [data.encode(prompt) for prompt in prompts]
+    if [] in encoded:
+        raise UserError(f"prompt {encoded.index([]) + 1} is empty; give at least one character to continue")
+    for number, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True), start=1):
         _write(net, data, prompt, tokens, number, sampling, options, alone)
 
 
@@ -163,18 +162,14 @@ def _write(
     device = next(net.parameters()).device
     start = torch.tensor([tokens] * options.num_samples, device=device)
     generator = torch.Generator().manual_seed(options.seed)
-    new = continuation(net, start, options.max_new_tokens, generator, sampling)
+    new = continuation(net, start, options.max_new_tokens, generator, sampling, data.vocab_size)
     if not alone:
         for sample, row in enumerate(torch.cat(list(new), dim=1).tolist(), start=1):
             print(f"--- prompt {number}, sample {sample}\n{prompt}{data.decode(row)}", flush=True)
         return
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of an unfinished character
     sys.stdout.write(prompt)
-    held: list[int] = []
     for token in new:
-        held.append(int(token))
-        text = data.decode(held)
-        if not text.endswith(UNFINISHED) or len(held) >= LONGEST_CHARACTER:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            held = []
-    print(data.decode(held) if held else "", flush=True)
+        sys.stdout.write(decoder.decode(data.tokenizer.pieces[int(token)]))
+        sys.stdout.flush()
+    print(decoder.decode(b"", final=True), flush=True)

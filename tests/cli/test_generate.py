@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from data.tokenizer import open_tokenizer
 from moa_lightning import generate
 from moa_lightning.sampling import Sampling
 from tests.cli.conftest import TEXT, Moa
@@ -50,6 +51,7 @@ def test_texts_are_those_of_the_net_and_the_seed(moa: Moa, run: None) -> None:
 def test_mistakes_are_one_sentence(moa: Moa, run: None) -> None:
     ask = f"generate --ckpt_path {CHECKPOINT} --prompt a"
     Path("none.txt").touch()
+    Path("gap.txt").write_text("a\n\nb\n")
     Path("elsewhere.ckpt").write_bytes(Path(CHECKPOINT).read_bytes())
     for line, named in (
         ("generate --prompt a", "--ckpt_path"),
@@ -61,6 +63,7 @@ def test_mistakes_are_one_sentence(moa: Moa, run: None) -> None:
         (f"{ask} --device moon", "--device 'moon'"),
         (f"generate --ckpt_path {CHECKPOINT} --prompt_file absent.txt", "'absent.txt'"),
         (f"generate --ckpt_path {CHECKPOINT} --prompt_file none.txt", "'none.txt' is empty"),
+        (f"generate --ckpt_path {CHECKPOINT} --prompt_file gap.txt", "prompt 2 is empty"),
         ("generate --ckpt_path absent.ckpt --prompt a", "absent.ckpt"),
         ("generate --ckpt_path elsewhere.ckpt --prompt a", "config.yaml"),
     ):
@@ -75,8 +78,8 @@ def test_characters_of_several_bytes_are_not_torn(capsys: pytest.CaptureFixture[
     class Spelling:
         context_length = 64
 
-        def __init__(self, text: str) -> None:
-            self.rest = list(text.encode())
+        def __init__(self, text: bytes) -> None:
+            self.rest = list(text)
             self.weight = torch.zeros(1)
 
         def parameters(self):
@@ -86,16 +89,17 @@ def test_characters_of_several_bytes_are_not_torn(capsys: pytest.CaptureFixture[
             self.length = 0
             return self
 
-        def __call__(self, tokens: torch.Tensor, cache: "Spelling") -> torch.Tensor:
+        def __call__(self, tokens: torch.Tensor, cache: "Spelling", *, last: int) -> torch.Tensor:
             return torch.nn.functional.one_hot(torch.tensor([[self.rest.pop(0)]]), 256).float()
 
     class Bytes:
-        decode = staticmethod(lambda tokens: bytes(tokens).decode(errors="replace"))
+        tokenizer, vocab_size = open_tokenizer("bytes"), 256
 
-    text = "aé→𝄞b"
-    options = generate._parser().parse_args(["--ckpt_path", "a", "--prompt", "x", "--max_new_tokens", "11"])
-    generate._write(Spelling(text), Bytes, "x", [1], 1, Sampling(0.0), options, alone=True)
-    assert capsys.readouterr().out == f"x{text}\n"
+    for text in ("aé→𝄞b".encode(), b"\xff\xff\xe2\x80\x99", b"a\xe2\x80"):  # bad bytes; an end within a character
+        count = ["--max_new_tokens", str(len(text))]
+        options = generate._parser().parse_args(["--ckpt_path", "a", "--prompt", "x", *count])
+        generate._write(Spelling(text), Bytes, "x", [1], 1, Sampling(0.0), options, alone=True)
+        assert capsys.readouterr().out == f"x{text.decode(errors='replace')}\n"
 
 
 def test_budgets_branch_from_one_stable_run(moa: Moa, words: None) -> None:
