@@ -34,7 +34,7 @@ from .kernels import compiler_works
 from .mixing import MixCoefficients
 from .moe import Router
 
-PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten._grouped_mm)
 ATTENTION = "aten::_scaled_dot_product"  # one operation for each of torch's implementations
 
 

@@ -11,14 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moa_lightning.feedforward import FFNConfig
 from moa_lightning.models import GPT, GPTConfig
+from moa_lightning.moe import MoEConfig
 from moa_lightning.parallel import checkpoint_blocks, shard, transformer_blocks
 from moa_lightning.planning.tracker import Tracker
 
 TOKENS = torch.arange(32).reshape(2, 16) % 11
 
 
-def gpt() -> GPT:
-    net = GPT(GPTConfig(depth=2, dim=32, num_heads=2), FFNConfig("moa", hidden_ratio=2.0), 11, 16)
+def gpt(moe: MoEConfig = MoEConfig()) -> GPT:  # noqa: B008 - frozen
+    net = GPT(GPTConfig(depth=2, dim=32, num_heads=2), FFNConfig("moa", hidden_ratio=2.0), 11, 16, moe=moe)
     for parameter in net.parameters():  # those that start at zero would hide what flows through them
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     return net
@@ -81,6 +82,22 @@ def test_selective_recomputation_keeps_products_and_attention_only():
     assert forward["moa::mix"] == again["moa::mix"] == 2
     assert forward["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2
     assert again["aten::_scaled_dot_product_flash_attention_for_cpu"] == 0
+
+
+def test_selective_recomputation_keeps_the_products_of_experts():
+    found = []
+    for recomputed in (False, True):
+        net = gpt(MoEConfig(4, 2))
+        if recomputed:
+            checkpoint_blocks(net, selective=True)
+        loss = net(TOKENS).square().mean()
+        with Operations() as ran:
+            loss.backward()
+        found.append((ran.counts, {name: p.grad for name, p in net.named_parameters()}))
+    (plain, expected), (selective, gradients) = found
+    assert selective["aten::_grouped_mm"] == plain["aten::_grouped_mm"] > 0
+    assert selective["moa::mix"] == 2
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
 class Operations(TorchDispatchMode):
