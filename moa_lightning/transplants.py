@@ -198,7 +198,8 @@ def load_weights(net: nn.Module, source: str, left: tuple[str, ...] = ()) -> Pat
         The source, where it has no checkpoint.
 
     Raises:
-        UserError: it is damaged, of another net, or of one that the net's mixes do not start as.
+        UserError: it is damaged, of another net (also of one that ties other parameters), or of one that the net's
+            mixes do not start as.
     """
     path = given_checkpoint(source)
     if path is None:
@@ -209,6 +210,7 @@ def load_weights(net: nn.Module, source: str, left: tuple[str, ...] = ()) -> Pat
     given, own = ({n: t for n, t in side.items() if not n.startswith(left)} for side in (given, own))
     if lost := [name for name in given if name not in own]:
         raise UserError(f"the weights of '{path}' have {lost[0]}, which this net lacks; match the models")
+    _check_shared(net, given, path)
     held = own_starts(net, given, content.get("hyper_parameters", {}), path)
     for name, tensor in own.items():
         if name in held:
@@ -218,6 +220,18 @@ def load_weights(net: nn.Module, source: str, left: tuple[str, ...] = ()) -> Pat
             raise UserError(f"the weights of '{path}' have {name} {tuple(tensor.shape)} {there}; match the models")
         tensor.copy_(sharded_as(given[name].to(tensor.device), tensor))
     return None
+
+
+def _check_shared(net: nn.Module, given: Mapping[str, Tensor], path: Path) -> None:
+    """UserError where one parameter of a net has several names and the given weights differ between them."""
+    names: dict[int, str] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first in given and name in given and not torch.equal(given[first], given[name]):
+            raise UserError(
+                f"the weights of '{path}' have {first} and {name} apart, which are one here; match the models "
+                "(gpt.tie_embeddings)"
+            )
 
 
 def own_starts(net: nn.Module, given: Mapping[str, Tensor], saved: Mapping[str, Any], path: Path) -> set[str]:

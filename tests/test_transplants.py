@@ -179,6 +179,15 @@ def test_weights_that_would_not_go_on_are_refused(tmp_path: Path, before: Any, a
         load_weights(gpt(after), str(path))
 
 
+def test_an_embedding_and_a_head_that_were_apart_do_not_become_one(tmp_path: Path) -> None:
+    config, size = FFNConfig(), {"depth": 1, "dim": 16, "num_heads": 2}
+    tied, untied = (spread(GPT(GPTConfig(**size, tie_embeddings=tie), config, 11, 6)) for tie in (True, False))
+    with pytest.raises(UserError, match=r"embed.weight and head.weight apart, .*gpt.tie_embeddings"):
+        load_weights(tied, str(save(untied, config, tmp_path / "untied.ckpt")))
+    load_weights(untied, str(save(tied, config, tmp_path / "tied.ckpt")))  # the same numbers twice are no harm
+    assert torch.equal(run(untied), run(tied))
+
+
 def test_mixes_from_one_run_and_weights_from_another(tmp_path: Path) -> None:
     mixed, fixed = spread(mae(FFNConfig("moa"))), spread(gpt(FFNConfig()))
     start = save(mixed, FFNConfig("moa"), tmp_path / "mae.ckpt")

@@ -186,6 +186,7 @@ def test_samples_depend_on_the_generator_alone() -> None:
 
 def test_a_cold_sample_is_the_likeliest_continuation() -> None:
     net, text = shake(gpt()), tokens(1, 3)
+    assert torch.allclose(net(text, last=2), net(text)[:, -2:])
     drawn = net.generate(text, 5, torch.Generator().manual_seed(0), Sampling(1e-4))
     for _ in range(5):
         text = torch.cat([text, net(text)[:, -1:].argmax(-1)], dim=1)
