@@ -47,9 +47,9 @@ class GPTTask(Task):
             self._load = load if self._load is None else self._load + load
         return loss + total
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, before: float | None) -> None:
         if self.moe.balances_by_bias and self._load is not None:
-            self.net.follow_load(self._load)
+            self.net.follow_load(torch.where(self.step_skipped > 0, 0, self._load))  # an even load moves nothing
         self._load = None
 
     def trunk(self) -> nn.Module:

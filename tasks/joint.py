@@ -199,6 +199,7 @@ class Joint(Task):
         before = {domain: part.before_step() for domain, part in self.parts.items()}
         super().optimizer_step(*args, **kwargs)
         for domain in [domain for domain in self.parts if domain in self._trained]:
+            self.parts[domain].step_skipped = self.step_skipped
             self.parts[domain].after_step(before[domain])
         self._trained = set()
 

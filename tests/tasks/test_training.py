@@ -8,6 +8,7 @@ import torch
 
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
+from moa_lightning.moe import MoEConfig
 from moa_lightning.optim import OptimizerConfig
 from tasks import MAE
 from tests.models.nets import fragment
@@ -178,6 +179,26 @@ def test_the_rate_of_a_run_follows_its_batch(text, tmp_path) -> None:
     trainer(4, tmp_path, **options).fit(model, datamodule=data_for("mae", text))
     assert rates == pytest.approx([2e-3, 4e-3, 4e-3, 2e-3])
     assert model.chosen == {"lr": pytest.approx(4e-3)}
+
+
+def test_a_step_that_is_skipped_leaves_the_biases_of_routers(text, tmp_path) -> None:
+    model = task("language", moe=MoEConfig(4, 2, balance="bias", balance_bias_rate=0.01))
+    biases: list[torch.Tensor] = []
+
+    class Bad(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            if trainer.global_step == 1:
+                pl_module.net.head.weight.grad.fill_(math.nan)
+
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            biases.append(torch.stack([block.mlp.router.bias.clone() for block in pl_module.net.blocks]))
+
+    run = trainer(3, tmp_path, limit_val_batches=0, callbacks=[Bad()])
+    run.fit(model, datamodule=data_for("language", text))
+    first, skipped, third = biases
+    assert torch.equal(skipped, first)
+    assert first.abs().max() == pytest.approx(0.01)
+    assert not torch.equal(third, skipped)
 
 
 def test_a_vocabulary_may_be_padded_but_no_size_may_be_too_small(text, tmp_path) -> None:
