@@ -6,8 +6,8 @@ tokens, position tables and parameters of activations do not decay either; the l
 in the official code. Of experts, which stack the parameters of
 several layers, each counts as what it is in one of them.
 
-Muon takes what the user's patterns name: the matrices of the trunk. Embeddings, output matrices, routers, gates and
-coefficients are none of them.
+Muon takes what the user's patterns name: matrices of the transformer's blocks. Embeddings, output matrices, routers,
+and the gates and coefficients of mixes are none of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import UserError
 from ..experts import Experts
 from ..mixing import MixCoefficients
+from ..moe import Router
 
 DECAYING = ("muon", "decay")  # groups whose members take weight decay
 
@@ -39,7 +40,7 @@ def parameter_groups(
         muon: patterns (as of file names) for the names of the matrices in "muon".
 
     Raises:
-        UserError: a pattern matches nothing, or what is no matrix of the trunk.
+        UserError: a pattern matches nothing, or what is no matrix of a block.
     """
     mixing = {id(p) for m in net.modules() if isinstance(m, MixCoefficients) for p in m.parameters(recurse=False)}
     stacked = {id(p) for m in net.modules() if isinstance(m, Experts) for p in m.parameters()}
@@ -89,6 +90,7 @@ def _axes(parameter: nn.Parameter, stacked: set[int]) -> int:
 
 def _matched(net: nn.Module, patterns: Sequence[str], mixing: set[int], stacked: set[int]) -> set[int]:
     """Ids of the trainable parameters that the patterns name."""
+    others = mixing | {id(p) for m in net.modules() if isinstance(m, Router | nn.Embedding) for p in m.parameters()}
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     found: set[int] = set()
     for pattern in patterns:
@@ -99,10 +101,11 @@ def _matched(net: nn.Module, patterns: Sequence[str], mixing: set[int], stacked:
                 f"{', '.join(list(trained)[:4])}; correct it or take it out"
             )
         for name, parameter in matched.items():
-            if id(parameter) in mixing or _axes(parameter, stacked) != 2:
+            inside = "blocks" in name.split(".") and id(parameter) not in others
+            if not inside or _axes(parameter, stacked) != 2:
                 raise UserError(
                     f"optimizer.muon_parameters: '{pattern}' matches {name} of shape {tuple(parameter.shape)}, which "
-                    "is no matrix of the trunk; give narrower patterns"
+                    "is no matrix that a block multiplies with; give narrower patterns"
                 )
         found.update(id(p) for p in matched.values())
     return found

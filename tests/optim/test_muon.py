@@ -126,13 +126,18 @@ def test_experts_are_in_the_groups_of_what_each_one_has() -> None:
     [
         ("*.attention.weight", "'\\*.attention.weight' matches no parameter"),
         ("*norm*", "matches blocks.0.norm1.weight of shape"),
-        ("*", "is no matrix of the trunk"),
+        ("*", "is no matrix that a block multiplies with"),
+        ("embed.weight", "matches embed.weight"),
+        ("head.weight", "matches head.weight"),
+        ("*router.weight", "matches blocks.0.mlp.router.weight"),
         ("*gate_weight", "up_mix.gate_weight"),
     ],
 )
 def test_patterns_that_match_nothing_or_too_much_are_refused(pattern: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        build_optimizer(gpt(), OptimizerConfig(name="muon", muon_parameters=("*.qkv.weight", pattern)), 10)
+        build_optimizer(
+            gpt(MoEConfig(4, 2)), OptimizerConfig(name="muon", muon_parameters=("*.qkv.weight", pattern)), 10
+        )
 
 
 @pytest.mark.parametrize(
