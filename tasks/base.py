@@ -30,6 +30,7 @@ from moa_lightning.optim import (
     WeightAverage,
     apply_settings,
     build_optimizer,
+    check_branch,
     group_settings,
     split_sharded,
     total_norm,
@@ -116,11 +117,7 @@ class Task(L.LightningModule):
             self.joint_log(f"{name}_{self.domain}", *args, **kwargs)
 
     def from_data(self, name: str) -> Any:
-        """The value of an argument; of one that was left open, the data module's attribute of that name.
-
-        Raises:
-            UserError: nobody knows it, or the data have more ids than it has room for.
-        """
+        """The value of an argument, or the data's where it is open; UserError where it is unknown or has no room."""
         value = self.hparams[name]
         known = getattr(None if self._trainer is None else self.data, name, None)
         if value is None:
@@ -235,9 +232,10 @@ class Task(L.LightningModule):
         if self.global_step == 0 and self.missing_starts:
             raise UserError(self.missing_starts[0])
         if self._settings is not None:
-            optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-            assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
-            apply_settings(optimizer, schedule, self._settings)
+            schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
+            for domain, config in self.run_configs().items():
+                check_branch(schedule, config, self.total_steps, domain)
+            apply_settings(schedule, self._settings)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the global generators, which drop path and mixing of images draw from, so that a resumed run draws what
@@ -265,6 +263,10 @@ class Task(L.LightningModule):
         if self.optimizer_config.warmup_steps is None:
             self.chosen["warmup_steps"] = config.warmup_steps or 0
         return config
+
+    def run_configs(self) -> dict[str | None, OptimizerConfig]:
+        """The settings of each net in the optimiser, by domain."""
+        return {None: self.run_config()}
 
     def learning_rates(self) -> dict[str, float] | None:
         """Learning rate of each parameter of the net in units of the optimiser's; None: all have the same."""

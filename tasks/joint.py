@@ -24,7 +24,7 @@ from moa_lightning.errors import UserError
 from moa_lightning.evaluation.token_classes import TokenClasses
 from moa_lightning.models import JointNet
 from moa_lightning.models.joint import Tie, tie_layers
-from moa_lightning.optim import Optimized, build_joint_optimizer
+from moa_lightning.optim import Optimized, OptimizerConfig, build_joint_optimizer
 from moa_lightning.parallel import FSDPStrategy, average_gradients, replicated_parameters
 
 from .base import Task, as_config
@@ -144,10 +144,14 @@ class Joint(Task):
             whole = replicated_parameters(self.net)
             self._replicated = [parameter for parameter in self.net.parameters() if parameter in whole]
 
+    def run_configs(self) -> dict[str | None, OptimizerConfig]:
+        return {domain: part.run_config() for domain, part in self.parts.items()}
+
     def build_optimizer(self) -> dict[str, Any]:
         parts: dict[str | None, Optimized] = {}
-        for domain, part in self.parts.items():
-            parts[domain] = Optimized(part.net, part.run_config(), part.learning_rates())
+        for domain, config in self.run_configs().items():
+            part = self.parts[str(domain)]
+            parts[domain] = Optimized(part.net, config, part.learning_rates())
             self.chosen |= {f"{domain}.{name}": value for name, value in part.chosen.items()}
         return build_joint_optimizer(parts, self.total_steps)
 

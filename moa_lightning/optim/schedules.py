@@ -198,6 +198,34 @@ def build_joint_optimizer(parts: Mapping[str | None, Optimized], total_steps: in
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def check_branch(
+    schedule: torch.optim.lr_scheduler.LambdaLR, config: OptimizerConfig, total_steps: int, domain: str | None = None
+) -> None:
+    """Refuse a checkpoint whose rate is not the one that a run with WSD has at its step.
+
+    Args:
+        schedule: as the checkpoint restored it.
+        config: of one run.
+        total_steps: optimiser steps of the run.
+        domain: of the net in an optimiser for several.
+
+    Raises:
+        UserError: the decay has begun there and not here, or here and not there, or is another one.
+    """
+    step = schedule.last_epoch
+    if config.schedule != "wsd" or step < max(1, config.warmup_steps):
+        return
+    wanted = learning_rate_factor(step, total_steps, config)
+    for group, peak, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule._last_lr, strict=True):
+        own = str(group.get("name", "")).endswith(group_name("", domain))
+        if own and peak and not math.isclose(rate, peak * wanted, rel_tol=1e-6, abs_tol=1e-9 * peak):
+            raise UserError(
+                f"the checkpoint of step {step} has {rate / peak:.3g} of its peak rate, where this run (schedule wsd, "
+                f"{total_steps} steps) has {wanted:.3g}; give a checkpoint from before the decay of either, or change "
+                "trainer.max_steps or optimizer.decay_fraction"
+            )
+
+
 Settings = list[dict[str, Any]]
 
 
@@ -206,18 +234,16 @@ def group_settings(optimizer: torch.optim.Optimizer) -> Settings:
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
-def apply_settings(
-    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR, settings: Settings
-) -> None:
-    """Give the groups their options, and the rates that the schedule has at its step with these peaks.
+def apply_settings(schedule: torch.optim.lr_scheduler.LambdaLR, settings: Settings) -> None:
+    """Give the groups of a schedule's optimiser their options, and the rates of its step with these peaks.
 
     A checkpoint brings the options of the run that wrote it back with the moments, and its peaks with the step.
     """
     schedule.base_lrs = [options["initial_lr"] for options in settings]
-    for group, options, factor in zip(optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
+    for group, options, factor in zip(schedule.optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
         group.update(options)
         group["lr"] = options["initial_lr"] * factor(schedule.last_epoch)
-    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
 def _groups(part: Optimized) -> list[dict[str, Any]]:

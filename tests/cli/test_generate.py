@@ -109,6 +109,9 @@ def test_budgets_branch_from_one_stable_run(moa: Moa, words: None) -> None:
     stable = "--model.optimizer.schedule constant --trainer.max_steps 20 --run_dir stable"
     kept = "--checkpoint.every_n_train_steps 2 --checkpoint.save_top_k -1"
     assert moa(f"{common} {stable} {kept}").code == 0
+    late = moa(f"{common} {wsd} --trainer.max_steps 8 --ckpt_path stable/checkpoints/step0000006.ckpt --run_dir late")
+    assert late.code == 2
+    assert "step 6 has 1 of its peak rate, where this run (schedule wsd, 8 steps) has 0.293" in late.err
     for steps in (8, 12):
         start = f"stable/checkpoints/step{steps // 2:07d}.ckpt"
         outcome = moa(f"{common} {wsd} --trainer.max_steps {steps} --run_dir branch{steps} --ckpt_path {start}")

@@ -1,13 +1,16 @@
 """Schedules at their corners, and against the official DINO schedules."""
 
 import math
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from moa_lightning.errors import UserError
-from moa_lightning.optim import OptimizerConfig, build_optimizer, cosine_schedule, learning_rate_factor
+from moa_lightning.optim import OptimizerConfig, build_optimizer, check_branch, cosine_schedule, learning_rate_factor
 from tests.official import EXACT, needs_official, official
 
 TOTAL, WARMUP = 100, 10
@@ -162,3 +165,25 @@ def test_a_cosine_stays_at_its_ends_outside_the_run() -> None:
 def test_impossible_options_are_refused_by_name(options: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         OptimizerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("before", "steps", "total", "fits"),
+    [
+        ("constant", 4, 8, True),  # the decay begins at step 4
+        ("constant", 6, 8, False),
+        ("wsd", 6, 8, True),  # the same run goes on
+        ("wsd", 6, 12, False),  # its rate has fallen and would rise again
+        ("constant", 1, 1, True),  # within the warm-up
+    ],
+)
+def test_a_decay_starts_from_a_checkpoint_before_it(before: str, steps: int, total: int, fits: bool) -> None:
+    config = OptimizerConfig(schedule="wsd", decay_fraction=0.5, warmup_steps=2)
+    saved = build_optimizer(nn.Linear(2, 2), replace(config, schedule=before, lr=1.0), 8)["lr_scheduler"]["scheduler"]
+    with warnings.catch_warnings(action="ignore"):  # no step was taken in between
+        for _ in range(steps):
+            saved.step()
+    schedule = build_optimizer(nn.Linear(2, 2), config, total)["lr_scheduler"]["scheduler"]
+    schedule.load_state_dict(saved.state_dict())
+    with nullcontext() if fits else pytest.raises(UserError, match=f"checkpoint of step {steps} has"):
+        check_branch(schedule, config, total)
