@@ -8,7 +8,10 @@ comes in one of two layouts:
     slots    x (E, C, d), the same number of rows for each expert: batched matrix products
 
 torch's grouped product takes float32, bfloat16 and float16, and rows whose length is a multiple of 16 bytes, so
-narrower matrices are padded for it. Its backward pass needs a contiguous gradient.
+narrower matrices are padded for it. Its backward pass needs a contiguous gradient. On CUDA only bfloat16 has a kernel of
+its own (torch 2.11 to 2.15, aten/src/ATen/native/cuda/GroupedBlas.cpp): for other types torch waits for the sizes of the
+groups and multiplies them one after another. Gates of mixes are always float32, and few, so there they are made by one
+product with those of all experts.
 """
 
 from typing import Any, NamedTuple
@@ -43,6 +46,13 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Rows | None) -> Tensor:
     if spare_in or spare_out:
         x, weight = F.pad(x, (0, spare_in)), F.pad(weight, (0, spare_in, 0, spare_out))
     return F.grouped_mm(x, weight.mT, offs=rows.ends)[:, :outputs]
+
+
+def own_of_every_linear(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    """What grouped_linear returns for packed x, by the products with all experts' weights: for few outputs."""
+    products = F.linear(x, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])  # (R, E, out)
+    own = rows.expert[:, None] == torch.arange(len(weight), device=x.device)
+    return products.masked_fill(~own[..., None], 0.0).sum(1)
 
 
 def _of_rows(parameter: Tensor, rows: Rows | None) -> Tensor:
@@ -99,7 +109,11 @@ class StackedMixing(MixCoefficients):
         assert self.gate_weight is not None
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = grouped_linear(x.to(dtype), self.gate_weight.to(dtype), rows)
+            x, weight = x.to(dtype), self.gate_weight.to(dtype)
+            if rows is not None and x.is_cuda:
+                logits = own_of_every_linear(x, weight, rows)
+            else:
+                logits = grouped_linear(x, weight, rows)
             if self.gate_bias is not None:
                 logits = logits + _of_rows(self.gate_bias, rows)
         return logits.unflatten(-1, self.entry_shape)

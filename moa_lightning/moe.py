@@ -13,7 +13,8 @@ that only chooses and that the load moves, not a gradient (Wang et al., 2408.156
 The router computes in float32. Without a capacity no token is dropped: rows are sorted by expert for grouped products.
 A capacity makes slots, the same number for each expert, filled in the order of the tokens (a GShard-like order, first
 choices first, would let a later token take the place of an earlier one). It holds in training only, so that an
-evaluated token does not depend on its neighbours. Dispatch and combination are gathers both ways, no atomic additions.
+evaluated token does not depend on its neighbours. Of token choice, dispatch and combination are gathers both ways, no
+atomic additions; expert choice adds up what its experts return by index, on CUDA in any order.
 
 Sequences of different lengths may be padded. Padding takes no place: capacities follow from the real tokens (of each
 sequence for expert choice, of the batch for token choice), which come first, and only real tokens are counted. So what

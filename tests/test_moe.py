@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moa_lightning import FeedForward, FFNConfig, UserError
-from moa_lightning.experts import Experts, Rows
+from moa_lightning.experts import Experts, Rows, grouped_linear, own_of_every_linear
 from moa_lightning.moe import MoE, MoEConfig, Routing, balance_loss
 from tests.layers import randomise
 
@@ -318,6 +318,20 @@ def test_rows_of_a_packed_input_see_their_own_expert_only() -> None:
         for parameter in experts.parameters():
             parameter[1].fill_(torch.nan)
     assert torch.equal(experts(x, rows), y)
+
+
+def test_the_own_of_all_products_are_the_grouped_ones() -> None:
+    """What gates are computed by on CUDA; one expert has no rows."""
+    rows = Rows(torch.tensor([0, 0, 2, 2, 2]), torch.tensor([2, 2, 5], dtype=torch.int32))
+    found = []
+    for product in (grouped_linear, own_of_every_linear):
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(shape, generator=generator, requires_grad=True) for shape in ((5, DIM), (3, 7, DIM)))
+        y = product(x, weight, rows)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad, weight.grad))
+    for grouped, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, grouped)
 
 
 def test_a_checkpointed_layer_returns_the_same() -> None:
