@@ -8,10 +8,10 @@ comes in one of two layouts:
     slots    x (E, C, d), the same number of rows for each expert: batched matrix products
 
 torch's grouped product takes float32, bfloat16 and float16, and rows whose length is a multiple of 16 bytes, so
-narrower matrices are padded for it. Its backward pass needs a contiguous gradient. On CUDA only bfloat16 has a kernel of
-its own (torch 2.11 to 2.15, aten/src/ATen/native/cuda/GroupedBlas.cpp): for other types torch waits for the sizes of the
-groups and multiplies them one after another. Gates of mixes are always float32, and few, so there they are made by one
-product with those of all experts.
+narrower matrices are padded for it. Its backward pass needs a contiguous gradient. On CUDA only bfloat16 has a kernel
+(torch 2.11 to 2.15, aten/src/ATen/native/cuda/GroupedBlas.cpp): for other types torch waits for the sizes of the groups
+and multiplies them one after another. Gates of mixes are always float32, and few, so there they are made by one product
+with those of all experts.
 """
 
 from typing import Any, NamedTuple
