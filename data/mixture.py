@@ -11,7 +11,7 @@ so a run may stop anywhere and go on with another number of devices.
 
 import hashlib
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -162,7 +162,7 @@ class Mixture(TextModule):
                 setattr(source, option, getattr(self, option))
             source.seed = named_seed(self.seed, f"source {name}")
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         tokenizers = {name: source.tokenizer for name, source in self.sources.items()}
         (first, tokenizer), *others = tokenizers.items()

@@ -187,9 +187,9 @@ class TokenModule(DataModule):
         self.context_length = context_length
         self.max_val_samples, self.max_test_samples = max_val_samples, max_test_samples
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """What turns text into tokens."""
+        """What turns text into tokens; another may be set before anything is read."""
         return open_tokenizer(BYTES)
 
     @property

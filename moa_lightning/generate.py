@@ -1,8 +1,9 @@
 """`moa generate`: continue a text with a trained language model.
 
-The checkpoint says what the net is, the config.yaml of its run which data module turned text into tokens. One text is
-written as it comes; several (samples of a prompt, or prompts from a file, one a line) are written one after another,
-each under a line that counts them.
+The checkpoint says what the net is, the config.yaml of its run which data module turned text into tokens, and the
+tokenizer.json of its run how (bytes need none); the data themselves are not read. One text is written as it comes;
+several (samples of a prompt, or prompts from a file, one a line) are written one after another, each under a line that
+counts them.
 """
 
 import argparse
@@ -97,12 +98,15 @@ def load(checkpoint: str, modules: list[str], weights: str | None = None) -> tup
     Raises:
         UserError: no checkpoint of a language model, or not in the folder of its run.
     """
+    from data.tokenizer import open_tokenizer
     from tasks import LanguageModeling
+    from tasks.gpt import check_tokenizer
 
+    from .checkpoints import RunCheckpointIO
     from .cli import import_modules
     from .configs import load_config
     from .options import Option
-    from .run_folder import CONFIG, checkpoint_path, run_of_checkpoint
+    from .run_folder import CONFIG, TOKENIZER, checkpoint_path, run_of_checkpoint
 
     path = str(checkpoint_path(checkpoint, None))
     run = run_of_checkpoint(path)
@@ -114,7 +118,12 @@ def load(checkpoint: str, modules: list[str], weights: str | None = None) -> tup
     if not issubclass(kind, LanguageModeling):
         raise UserError(f"'{path}' is of {kind.__name__}, which writes no text; give one of LanguageModeling")
     module, arguments = _class_of(config.content, "data", path)
-    return _restored(kind, path, weights), module(**{name: _instance(value, path) for name, value in arguments.items()})
+    data = module(**{name: _instance(value, path) for name, value in arguments.items()})
+    if (run / TOKENIZER).is_file():
+        data.tokenizer = open_tokenizer(str(run / TOKENIZER))
+    content = RunCheckpointIO().load_checkpoint(path)
+    check_tokenizer(content, data.tokenizer, "the run's tokenizer")
+    return _restored(kind, content, path, weights), data
 
 
 def _instance(value: Any, path: str) -> Any:
@@ -135,10 +144,7 @@ def _class_of(config: dict[str, Any], key: str, path: str) -> tuple[Any, dict[st
         raise UserError(f"the config.yaml of '{path}' names no known class for {key}; it is damaged") from error
 
 
-def _restored(kind: Any, path: str, weights: str | None) -> Any:
-    from .checkpoints import RunCheckpointIO
-
-    content = RunCheckpointIO().load_checkpoint(path)
+def _restored(kind: Any, content: dict[str, Any], path: str, weights: str | None) -> Any:
     try:
         task = kind(**{**content["hyper_parameters"], "compile": False, "activation_checkpointing": False})
         task.configure_model()

@@ -1,7 +1,7 @@
 """The folder of a run: which one it is, who may write into it, and that nothing stays of a run that never ran.
 
-    <run_dir>/config.yaml, events.out.tfevents.*, metrics.csv, checkpoints/last.ckpt, result.json (a finished fit),
-    test.json (moa test), predictions.npz (moa predict)
+    <run_dir>/config.yaml, tokenizer.json (unless tokens are bytes), events.out.tfevents.*, metrics.csv,
+    checkpoints/last.ckpt, result.json (a finished fit), test.json (moa test), predictions.npz (moa predict)
 
 A process that a strategy launches learns the folder from the first one through the environment.
 """
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 RUN_DIR_VARIABLE = "MOA_RUN_DIR"
 CONFIG, CHECKPOINTS, LAST = "config.yaml", "checkpoints", "last.ckpt"
+TOKENIZER = "tokenizer.json"  # of a run on tokens that are not bytes
 REWIND = "rewind.ckpt"  # of an early step, for winning tickets
 RESULT, TEST, HELD = "result.json", "test.json", "held_gates.json"
 LOCK = ".lock"

@@ -6,11 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from moa_lightning import FFNConfig
+from moa_lightning.errors import UserError
 from moa_lightning.evaluation.token_classes import TokenClasses, text_classes
 from moa_lightning.models import GPTConfig
 from moa_lightning.moe import MoEConfig, balance_loss
 
 from .base import Task, as_config
+
+TOKENIZER_KEY = "tokenizer_sha256"  # in a checkpoint
+
+
+def check_tokenizer(checkpoint: dict[str, Any], tokenizer: Any, name: str) -> None:
+    """UserError where a checkpoint is of a net that was trained with another tokenizer."""
+    if checkpoint.get(TOKENIZER_KEY, tokenizer.sha256) != tokenizer.sha256:
+        raise UserError(f"{name} ({tokenizer.name}) is not the one that the checkpoint was trained with; give that one")
 
 
 class GPTTask(Task):
@@ -51,6 +60,17 @@ class GPTTask(Task):
         if self.moe.balances_by_bias and self._load is not None:
             self.net.follow_load(torch.where(self.step_skipped > 0, 0, self._load))  # an even load moves nothing
         self._load = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        tokenizer = getattr(self.data, "tokenizer", None)
+        if tokenizer is not None:
+            checkpoint[TOKENIZER_KEY] = tokenizer.sha256
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        tokenizer = None if self._trainer is None else getattr(self.data, "tokenizer", None)
+        if tokenizer is not None:
+            check_tokenizer(checkpoint, tokenizer, "the data's tokenizer")
 
     def trunk(self) -> nn.Module:
         return self.net

@@ -1,16 +1,18 @@
-"""The merged config of a run in its folder."""
+"""The merged config of a run in its folder, and the tokenizer, so that the folder alone can write text."""
 
+import shutil
 from pathlib import Path
 
 import lightning as L
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
-from ..run_folder import CONFIG, saved_settings
+from ..run_folder import CONFIG, TOKENIZER, saved_settings
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes <run_dir>/config.yaml; a resumed run keeps the first one and writes config-resumed.yaml."""
+    """Writes <run_dir>/config.yaml, and a copy of the tokenizer's file where there is one; a resumed run keeps these
+    and writes config-resumed.yaml."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or self.already_saved:
@@ -24,3 +26,6 @@ class SaveRunConfig(SaveConfigCallback):
         name = "config-resumed.yaml" if (folder / CONFIG).exists() else CONFIG
         text = self.parser.dump(self.config, skip_none=False)
         (folder / name).write_text(yaml.safe_dump(saved_settings(yaml.safe_load(text)), sort_keys=False))
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if tokenizer is not None and Path(tokenizer.name).is_file() and not (folder / TOKENIZER).exists():
+            shutil.copyfile(tokenizer.name, folder / TOKENIZER)

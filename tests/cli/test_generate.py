@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,8 +148,27 @@ def test_a_mixture_of_token_files_trains_and_writes_its_own_tokens(moa: Moa, wor
     assert "val/loss_b" in outcome.out
     task, data = generate.load(CHECKPOINT, [])
     assert task.net.embed.weight.shape[0] == data.vocab_size == 300
-    told = moa(f"generate --ckpt_path {CHECKPOINT} --prompt qui --temperature 0 --max_new_tokens 8").out
+    ask = f"generate --ckpt_path {CHECKPOINT} --prompt qui --temperature 0 --max_new_tokens 8"
+    told = moa(ask).out
     assert told == greedy_without_cache("qui", 8) + "\n"
+
+    assert moa("data tokenizer --source words.txt more.jsonl --vocab_size 290 --out other.json").code == 0
+    for source, out in (("words.txt", "a"), ("more.jsonl", "b")):
+        shutil.rmtree(out)
+        assert moa(f"data tokens --source {source} --tokenizer other.json --out {out}").code == 0
+    open_tokenizer.cache_clear()  # another process has none
+    changed = moa(fit.replace("max_steps 2", "max_steps 4") + " --ckpt_path last")
+    assert changed.code == 2
+    assert "the data's tokenizer" in changed.err
+    for path in ("a", "b"):
+        shutil.rmtree(path)
+    Path("t.json").unlink()
+    assert moa(ask).out == told  # the run's folder is enough
+    Path("run/tokenizer.json").write_bytes(Path("other.json").read_bytes())
+    open_tokenizer.cache_clear()
+    swapped = moa(ask)
+    assert swapped.code == 2
+    assert "the run's tokenizer (run/tokenizer.json) is not the one" in swapped.err
 
 
 def test_a_run_that_averages_its_weights_is_used_with_the_average(moa: Moa, words: None) -> None:
