@@ -45,12 +45,10 @@ FITS = [f"{task}-{ffn}" for task in TASKS for ffn in FFNS]
 ACCUMULATED = [f"{task}-moa" for task in TASKS]
 STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp2"}
 HYBRID = "hsdp"  # two copies, each sharded over half of the processes
-BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS = 16, 50, 40, 8
-FIRST = 5
+BATCH, STEPS, SAVED_AT, ACCUMULATED_STEPS, FIRST = 16, 50, 40, 8, 5
 CLASSIFICATION, SOURCES, EVERYWHERE = "classification-moa", "language-moa-mixture", "language-moa-places"
-LINES = "lines-moa"
+LINES, MASKED, CHANGED = "lines-moa", "dino-moa-masked", "language-moa-slower"
 EXPERTS = ["language-moa-bias", "language-moa-loss", "language-moa-muon", SOURCES, CLASSIFICATION, EVERYWHERE, LINES]
-MASKED = "dino-moa-masked"
 EXPERTS_STEPS, EXPERTS_SAVED_AT, EXPERTS_VALIDATED = 6, 4, 3
 PRUNED = ["language-moa-averaged", "dino-moa"]
 PRUNED_STEPS, PRUNED_SAVED_AT, SPARSITY = 5, 3, 0.6
@@ -80,16 +78,16 @@ class Answers(MultipleChoice):
         return found
 
 
+MUON = OptimizerConfig("muon", lr=5e-3, warmup_steps=5)
+SLOWER = replace(MUON, lr=1e-3, weight_decay=0.3, mixing_lr_factor=2.0, schedule="constant", warmup_steps=0)
 EXTRAS: dict[str, dict[str, Any]] = {
     "": {},
     "bias": {"moe": MoEConfig(4, 2, shared_experts=1, balance="bias", balance_bias_rate=0.01)},
     "loss": {"moe": MoEConfig(4, 1, balance_loss_weight=0.1), "loss_chunk": 50, "z_loss_weight": 1e-3},
     "mixture": {"optimizer": OptimizerConfig(lr=5e-3, weight_decay=1.0, warmup_steps=5, average_decay=0.9)},
-    "muon": {"moe": MoEConfig(4, 2), "optimizer": OptimizerConfig("muon", lr=5e-3, warmup_steps=5)},
-    "averaged": {
-        "moe": MoEConfig(4, 2),
-        "optimizer": OptimizerConfig("muon", lr=5e-3, warmup_steps=5, average_decay=0.9),
-    },
+    "muon": {"moe": MoEConfig(4, 2), "optimizer": MUON},
+    "slower": {"moe": MoEConfig(4, 2), "optimizer": SLOWER},
+    "averaged": {"moe": MoEConfig(4, 2), "optimizer": replace(MUON, average_decay=0.9)},
 }
 """options of language models beside their ffn, as fit names have them: language-<ffn>-<extra>; mixture: of sources,
 with documents kept apart and an average of the weights"""
@@ -279,7 +277,7 @@ def program(kind: str, folder: Path) -> dict[str, Record]:
 
 def experts(kind: str, folder: Path) -> dict[str, Record]:
     """EXPERTS_STEPS steps of the fits in EXPERTS and of MASKED, and again from the checkpoint of step
-    EXPERTS_SAVED_AT; of the first one also in half batches."""
+    EXPERTS_SAVED_AT; of the first one also in half batches; CHANGED goes on from the one with Muon."""
     torch.set_num_threads(1)
     records = {}
     for name in (*EXPERTS, MASKED):
@@ -289,6 +287,8 @@ def experts(kind: str, folder: Path) -> dict[str, Record]:
         records[name] = fit(kind, name, folder / name, save_at=EXPERTS_SAVED_AT, **options)
         half = folder / name / "half.ckpt"
         records[f"{name}/resumed"] = fit(kind, name, folder / name, resume=half, **options)
+    half = folder / "language-moa-muon" / "half.ckpt"
+    records[CHANGED] = fit(kind, CHANGED, folder / "changed", stop_at=EXPERTS_STEPS, resume=half)
     name = EXPERTS[0]
     records[f"{name}/accumulated"] = fit(kind, name, folder / name, accumulate=2, stop_at=EXPERTS_STEPS)
     return records

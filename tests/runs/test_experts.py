@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .fits import CLASSIFICATION, EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, MASKED, SOURCES
+from .fits import CHANGED, CLASSIFICATION, EXPERTS, EXPERTS_SAVED_AT, EXPERTS_STEPS, MASKED, SOURCES
 from .golden import assert_continues, deviation
 from .group import Ranks, by_kind
 from .record import Record
@@ -33,6 +33,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(found, kind, name):
         assert len(resumed.loss) == EXPERTS_STEPS - EXPERTS_SAVED_AT
         assert len(whole.validations) == 2
         assert resumed.validations == whole.validations[1:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_takes_the_options_that_it_is_given(found, kind):
+    """(rate, decay) of the groups muon, decay, no_decay and mixing."""
+    expected = (1e-3, 0.3, 1e-3, 0.3, 1e-3, 0.0, 2e-3, 0.0)
+    for rank in found(kind):
+        assert rank[CHANGED].rates == [expected] * (EXPERTS_STEPS - EXPERTS_SAVED_AT)
 
 
 def losses(record: Record) -> list[float]:
