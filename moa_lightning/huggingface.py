@@ -103,7 +103,7 @@ class MoaForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' own; without a cache where experts choose tokens and so must see a text whole."""
         if self.net.chooses_from_sequences:
             kwargs.setdefault("use_cache", False)
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def forward(
         self,

@@ -227,8 +227,7 @@ class Task(L.LightningModule):
             return self.build(seed)
 
     def on_train_start(self) -> None:
-        """Refuse to begin where a start is not there; a run that goes on has it in its checkpoint, and its optimiser
-        takes this run's options in place of those that it was saved with."""
+        """Refuse to begin without a given start; a run that goes on takes this run's options, not its checkpoint's."""
         if self.global_step == 0 and self.missing_starts:
             raise UserError(self.missing_starts[0])
         if self._settings is not None:
