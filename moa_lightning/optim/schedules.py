@@ -213,7 +213,7 @@ def check_branch(
         UserError: the decay has begun there and not here, or here and not there, or is another one.
     """
     step = schedule.last_epoch
-    if config.schedule != "wsd" or step < max(1, config.warmup_steps):
+    if config.schedule != "wsd" or step < max(1, config.warmup_steps or 0):
         return
     wanted = learning_rate_factor(step, total_steps, config)
     for group, peak, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule._last_lr, strict=True):
