@@ -8,12 +8,12 @@ counts them.
 
 import argparse
 import codecs
-import importlib
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 from .errors import UserError
+from .options import Option, find_class, is_base, parameters_of, without_none
 
 WEIGHTS_HELP = "average or last ones, of a run that keeps an average (default: those that it validates)"
 
@@ -98,14 +98,14 @@ def load(checkpoint: str, modules: list[str], weights: str | None = None) -> tup
     Raises:
         UserError: no checkpoint of a language model, or not in the folder of its run.
     """
+    from data import DataModule
     from data.tokenizer import open_tokenizer
-    from tasks import LanguageModeling
+    from tasks import LanguageModeling, Task
     from tasks.gpt import check_tokenizer
 
     from .checkpoints import RunCheckpointIO
     from .cli import import_modules
     from .configs import load_config
-    from .options import Option
     from .run_folder import CONFIG, TOKENIZER, checkpoint_path, run_of_checkpoint
 
     path = str(checkpoint_path(checkpoint, None))
@@ -114,11 +114,15 @@ def load(checkpoint: str, modules: list[str], weights: str | None = None) -> tup
         raise UserError(f"no {CONFIG} lies beside '{path}' to say how text becomes tokens; keep it in its run's folder")
     config = load_config(str(run / CONFIG))
     import_modules(config.content, [Option("import", name) for name in modules], [config])
-    kind, _ = _class_of(config.content, "model", path)
+    modules = config.content.get("import") or []
+    given = {name: config.content.get(name) for name in ("model", "data")}
+    try:
+        kind = find_class(Task, _class_path(given["model"]), "model", modules)
+        data = made(DataModule, given["data"], "data", modules)
+    except UserError as error:
+        raise UserError(f"config file '{config.name}': {error}") from error
     if not issubclass(kind, LanguageModeling):
         raise UserError(f"'{path}' is of {kind.__name__}, which writes no text; give one of LanguageModeling")
-    module, arguments = _class_of(config.content, "data", path)
-    data = module(**{name: _instance(value, path) for name, value in arguments.items()})
     if (run / TOKENIZER).is_file():
         data.tokenizer = open_tokenizer(str(run / TOKENIZER))
     content = RunCheckpointIO().load_checkpoint(path)
@@ -126,22 +130,41 @@ def load(checkpoint: str, modules: list[str], weights: str | None = None) -> tup
     return _restored(kind, content, path, weights), data
 
 
-def _instance(value: Any, path: str) -> Any:
-    """An argument, with objects where the config names classes (the sources of a mixture)."""
-    if not isinstance(value, dict):
-        return value
-    if "class_path" not in value:
-        return {name: _instance(item, path) for name, item in value.items()}
-    kind, arguments = _class_of({"argument": value}, "argument", path)
-    return kind(**{name: _instance(item, path) for name, item in arguments.items()})
+def _class_path(given: Any) -> Any:
+    """The class that a config names for an object; a name may stand there alone."""
+    return given.get("class_path") if isinstance(given, dict) else given
 
 
-def _class_of(config: dict[str, Any], key: str, path: str) -> tuple[Any, dict[str, Any]]:
+def made(kind: Any, given: Any, where: str, modules: list[str]) -> Any:
+    """An argument as its type wants it, with an object for each class that a config names there (the sources of a
+    mixture). No function is called and no class but one of that type, whatever the config says.
+
+    Args:
+        kind: the declared type.
+        given: what the config says.
+        where: the dotted name of the argument.
+        modules: the user's own.
+
+    Raises:
+        UserError: another class, an argument that it does not take or lacks.
+    """
+    wanted = without_none(kind)
+    if get_origin(wanted) is dict and isinstance(given, dict):
+        return {name: made(get_args(wanted)[1], item, f"{where}.{name}", modules) for name, item in given.items()}
+    if not is_base(wanted) or (given is None and wanted is not kind):
+        return given
+    found = find_class(wanted, _class_path(given), where, modules)
+    arguments = (given.get("init_args") or {}) if isinstance(given, dict) else {}
+    known = parameters_of(found)
+    if unknown := [name for name in arguments if known is not None and name not in known]:
+        raise UserError(f"{where}.{unknown[0]} is no option of {found.__name__}; take it out of the config")
+    objects = {
+        name: made((known or {}).get(name), item, f"{where}.{name}", modules) for name, item in arguments.items()
+    }
     try:
-        package, _, name = config[key]["class_path"].rpartition(".")
-        return getattr(importlib.import_module(package), name), config[key].get("init_args") or {}
-    except (KeyError, TypeError, AttributeError, ValueError, ImportError) as error:
-        raise UserError(f"the config.yaml of '{path}' names no known class for {key}; it is damaged") from error
+        return found(**objects)
+    except TypeError as error:
+        raise UserError(f"{where} cannot be made from the config: {error}; correct it") from error
 
 
 def _restored(kind: Any, content: dict[str, Any], path: str, weights: str | None) -> Any:

@@ -26,6 +26,7 @@ from data.image_base import ImageModule
 from data.image_sources import folder_images
 
 from . import parallel  # noqa: F401 - registers the strategy fsdp2
+from .allowed import check_classes
 from .callbacks import DataFaults, MultipleChoice, default_callbacks
 from .callbacks.checkpoint import RunCheckpoint
 from .callbacks.config import SaveRunConfig
@@ -164,6 +165,8 @@ class MoaCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        own = self.config[self.config.subcommand]
+        check_classes(own.as_dict(), own["import"])
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the command line and the configs say what is built, not the checkpoint."""

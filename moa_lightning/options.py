@@ -63,7 +63,7 @@ class Tree:
         for option in sorted(options, key=lambda option: option.key.count(".")):  # a class before what is inside it
             key = option.key.removesuffix("+").removesuffix(".class_path")
             kind = self._kind(key, f"--{option.key}")
-            if not _is_base(kind) or option.value is None:
+            if not is_base(kind) or option.value is None:
                 rest.append(option)
             elif option.value in ("null", "None"):
                 self._set(key, None)
@@ -95,7 +95,7 @@ class Tree:
         """
         self.typed = {option.key for option in options}
         for name, kind in self.roots.items():
-            if _is_base(kind):
+            if is_base(kind):
                 self._class_at(kind, name)
         self._walk(self.roots, self.config, "")
         for option in options:
@@ -114,7 +114,7 @@ class Tree:
             inside = node.get(part)
             node[part] = inside if isinstance(inside, dict) else {"class_path": inside} if inside else {}
             node = node[part]
-            if _is_base(self._kind(".".join(parts[: depth + 1]), key)) and parts[depth + 1] != "class_path":
+            if is_base(self._kind(".".join(parts[: depth + 1]), key)) and parts[depth + 1] != "class_path":
                 node = node.setdefault("init_args", {})
         node[parts[-1]] = value
 
@@ -124,21 +124,21 @@ class Tree:
         parts = key.split(".")
         for depth, part in enumerate(parts):
             path = ".".join(name for name in parts[:depth] if name not in CLASS_LEVELS)
-            if part in ("class_path", *CLASS_LEVELS) and _is_base(kind):
+            if part in ("class_path", *CLASS_LEVELS) and is_base(kind):
                 continue
             names = self._names(kind, path)
             if names is None:
                 return Any
             if part not in names:
                 raise UserError(f"{shown} is not an option{self._advice(key, kind, path, names, shown[:2] == '--')}")
-            kind = _without_none(names[part])
+            kind = without_none(names[part])
         return kind
 
     def _names(self, kind: Any, path: str) -> Mapping[str, Any] | None:
         """Names and types below a type; None where anything goes."""
-        if not _is_base(kind):
-            return _parameters(kind) if is_dataclass(kind) else kind if isinstance(kind, Mapping) else None
-        return _parameters(self._class_at(kind, path))
+        if not is_base(kind):
+            return parameters_of(kind) if is_dataclass(kind) else kind if isinstance(kind, Mapping) else None
+        return parameters_of(self._class_at(kind, path))
 
     def _class_at(self, base: type, path: str) -> type:
         name = _class_of(self.config, path) or self.default_classes.get(path)
@@ -156,7 +156,7 @@ class Tree:
         if names is None:
             return
         inside = node
-        if _is_base(kind):
+        if is_base(kind):
             inside = node.get("init_args") or {}
             for key in node.keys() - {"class_path", *CLASS_LEVELS}:
                 raise UserError(f"{self._where(f'{path}.{key}')} is not an option; write it under {path}.init_args")
@@ -165,8 +165,8 @@ class Tree:
             if key in names:
                 if inside[key] is None and _refuses_none(names[key]) and child not in self.typed:
                     raise UserError(f"{self._where(child)} is left open; give it: --{child} VALUE")
-                self._walk(_without_none(names[key]), inside[key], child)
-            elif _is_base(kind) and self._replaced(kind, path, child):
+                self._walk(without_none(names[key]), inside[key], child)
+            elif is_base(kind) and self._replaced(kind, path, child):
                 self.replaced.append(child)
                 del inside[key]
             else:
@@ -187,7 +187,7 @@ class Tree:
 
     def _advice(self, key: str, kind: Any, path: str, names: Mapping[str, Any], typed: bool) -> str:
         """The end of the sentence: of which class it is no option, and what it may have meant."""
-        of = f" of {self._class_at(kind, path).__name__}" if _is_base(kind) else ""
+        of = f" of {self._class_at(kind, path).__name__}" if is_base(kind) else ""
         group, last = key.partition(".")[0], key.rpartition(".")[2]
         known = [name for name in self.keys() if typed or group not in self.roots or name.startswith(f"{group}.")]
         near = [name for name in known if name.rpartition(".")[2] == last or name.startswith(f"{key}_")]
@@ -206,7 +206,7 @@ class Tree:
         for name, child in (names or {}).items():
             key = f"{path}.{name}" if path else name
             yield key
-            yield from self._keys(_without_none(child), node, key)
+            yield from self._keys(without_none(child), node, key)
 
 
 def _class_of(config: dict[str, Any], path: str) -> str | None:
@@ -288,12 +288,12 @@ def _subclasses(base: type) -> Iterator[type]:
         yield from _subclasses(cls)
 
 
-def _is_base(kind: Any) -> bool:
+def is_base(kind: Any) -> bool:
     """Whether the user chooses a class there."""
     return isinstance(kind, type) and not is_dataclass(kind) and kind.__module__ not in ("builtins", "typing")
 
 
-def _parameters(cls: Any) -> dict[str, Any] | None:
+def parameters_of(cls: Any) -> dict[str, Any] | None:
     """Names and types that a constructor takes; None where it takes any.
 
     What a class of ours takes as `**options` it hands on to its base.
@@ -317,7 +317,7 @@ def _parameters(cls: Any) -> dict[str, Any] | None:
     return None
 
 
-def _without_none(kind: Any) -> Any:
+def without_none(kind: Any) -> Any:
     """X of `X | None`; other types as they are."""
     if get_origin(kind) not in (Union, UnionType):
         return kind

@@ -1,15 +1,19 @@
 """A config of a stranger: nothing outside of the project's packages is imported, no file makes the parser explode."""
 
+import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import tasks
 from moa_lightning.configs import MOST_BYTES, load_config
 from moa_lightning.errors import UserError
+from moa_lightning.models import GPTConfig
 from tests.cli.conftest import MAE, Moa
 
 FIT = f"{MAE} --trainer.max_steps 1 --run_dir run"
@@ -123,6 +127,67 @@ def test_a_stranger_s_run_folder_imports_nothing(moa: Moa) -> None:
     outcome = moa("validate --ckpt_path theirs/checkpoints/last.ckpt")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "add --import evil" in outcome.err
+
+
+class Touch:
+    """Unpickled, it leaves the canary."""
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, ("canary",)
+
+
+LOAD = "lightning.fabric.utilities.cloud_io._load"
+UNPICKLE = f"{{class_path: {LOAD}, init_args: {{path_or_url: bomb.pt, weights_only: false}}}}"
+
+
+@pytest.fixture
+def theirs() -> Path:
+    """The folder of a run with a checkpoint that loads, and a file that must not be unpickled."""
+    task = tasks.LanguageModeling(
+        GPTConfig(depth=1, dim=8, num_heads=1), vocab_size=257, context_length=8, seed=0
+    ).eval()
+    task.configure_model()
+    state = {f"net.{name}": tensor for name, tensor in task.net.state_dict().items()}
+    Path("theirs/checkpoints").mkdir(parents=True)
+    content = {"state_dict": state, "global_step": 1, "hyper_parameters": dict(task.hparams)}
+    torch.save(content, "theirs/checkpoints/last.ckpt")
+    torch.save(Touch(), "bomb.pt")
+    return Path("theirs/config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (UNPICKLE, f"data '{LOAD}' is unknown"),
+        ("{class_path: torchvision.datasets.MNIST, init_args: {root: ., download: true}}", "data 'torchvision."),
+        (f"{{class_path: data.Mixture, init_args: {{sources: {{a: {UNPICKLE}}}}}}}", f"data.sources.a '{LOAD}'"),
+        ("{class_path: data.TextFiles, init_args: {old: 1}}", "data.old is no option of TextFiles"),
+        ("{class_path: data.Mixture, init_args: {}}", "'sources'; correct it"),
+        ("null", "data is 'None'; give the name of a class"),
+    ],
+)
+def test_a_strangers_run_folder_calls_no_function(moa: Moa, theirs: Path, data: str, words: str) -> None:
+    theirs.write_text(f"model: {{class_path: tasks.LanguageModeling}}\ndata: {data}\n")
+    outcome = moa("generate --prompt a --ckpt_path theirs/checkpoints/last.ckpt")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1), outcome
+    assert words in outcome.err
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        f"callbacks: [{{class_path: {LAMBDA}, init_args: {{setup: {UNPICKLE}}}}}]",
+        f"callbacks: [{{class_path: {LAMBDA}, init_args: {{setup: '{UNPICKLE}'}}}}]",
+        f"strategy: {{class_path: DDPStrategy, init_args: {{ddp_comm_hook: {UNPICKLE}}}}}",
+    ],
+)
+def test_the_parser_calls_no_function_either(moa: Moa, theirs: Path, trainer: str) -> None:
+    theirs.write_text(
+        f"model: {{class_path: tasks.LanguageModeling}}\ndata: {{class_path: data.TextFiles}}\ntrainer: {{{trainer}}}\n"
+    )
+    outcome = moa("validate --ckpt_path theirs/checkpoints/last.ckpt")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1), outcome
+    assert f"class_path '{LOAD}' is no task, data module" in outcome.err
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
