@@ -10,7 +10,7 @@ import fcntl
 import json
 import logging
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,22 @@ TOKENIZER = "tokenizer.json"  # of a run on tokens that are not bytes
 REWIND = "rewind.ckpt"  # of an early step, for winning tickets
 RESULT, TEST, HELD = "result.json", "test.json", "held_gates.json"
 LOCK = ".lock"
+WRITTEN = (  # patterns of what a fit may have put into its folder before its first step is done
+    CONFIG,
+    "config-resumed.yaml",
+    LOCK,
+    "environment.json",
+    "events.out.tfevents.*",
+    "hparams.yaml",
+    "metrics.csv*",
+    "bad_samples.csv",
+    "pruning.*",
+    "mixing.json",
+    CHECKPOINTS,
+    "pictures",
+    "samples",
+    "skipped",
+)
 LATEST, AUTO = "last", "auto"  # what --ckpt_path may say instead of a path
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
@@ -139,6 +155,8 @@ def new_run_dir(given: Path | None, root: Path) -> Path:
 class FolderGuard:
     """Removes what a run has put into its folder when it turns out that nothing ran. Acts on the first process only.
 
+    The folders of other runs stay, and so does what another program writes meanwhile into a folder that was there.
+
     Args:
         given: the folder that the user named; None where new_run_dir makes one under `root`.
         root: folder of the runs.
@@ -146,22 +164,34 @@ class FolderGuard:
 
     def __init__(self, given: Path | None, root: Path) -> None:
         planned = (given or root).absolute()
-        self.before = set(given.rglob("*")) if given is not None and given.is_dir() else set()
+        self.patterns = WRITTEN if given is not None and given.is_dir() else ("*",)
+        self.before = {path for name in self.patterns for path in _tree(given, name)} if given is not None else set()
         self.existing = next(path for path in (planned, *planned.parents) if path.exists())
 
     def clean(self, run_dir: Path) -> None:
         """Remove the new files, then the new folders."""
         if process_rank() > 0 or not run_dir.is_dir():
             return
-        for path in sorted(set(run_dir.rglob("*")) - self.before):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
+        found = {path for name in self.patterns for path in _tree(run_dir, name)}
+        for path in sorted(found - self.before, reverse=True):  # what is inside a folder before it
+            if not path.is_dir() or path.is_symlink():
                 path.unlink(missing_ok=True)
+            elif not any(path.iterdir()):
+                path.rmdir()
         folder = run_dir.absolute()
         while folder != self.existing and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
+
+
+def _tree(folder: Path, pattern: str) -> Iterator[Path]:
+    """The files and folders in a folder that have such a name, with all below them but the folders of runs."""
+    for path in folder.glob(pattern):
+        inside = path.is_dir() and not path.is_symlink()
+        if not (inside and any((path / name).exists() for name in (CONFIG, LOCK))):
+            yield path
+            if inside:
+                yield from _tree(path, "*")
 
 
 def refuse_second_run(run_dir: Path, checkpoint: str | None, restart: bool) -> None:

@@ -1,5 +1,6 @@
 """A mistake in the input: one sentence on stderr, exit code 2, nothing left behind, nothing trained."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,28 @@ def test_files_that_were_in_the_folder_survive_a_mistake(moa: Moa) -> None:
     Path("run/log.txt").write_text("mine")
     assert moa(f"{FIT} --model.backbone vit_foo").code == 2
     assert [path.name for path in Path("run").iterdir()] == ["log.txt"]
+
+
+def test_a_failed_run_removes_its_own_files_and_no_others(moa: Moa) -> None:
+    """While it starts, other programs write into its folder: another fit, an editor."""
+    Path("meanwhile.py").write_text(
+        "from pathlib import Path\nimport tasks\n"
+        "class Meanwhile(tasks.MAE):\n    def build(self, seed):\n"
+        "        for name in ('notes.txt', 'mae/a/config.yaml', 'checkpoints/old/config.yaml', 'mae/new/.lock'):\n"
+        "            Path('runs', name).parent.mkdir(parents=True, exist_ok=True)\n"
+        "            Path('runs', name).touch()\n"
+        "        raise ZeroDivisionError('a bug')\n"
+    )
+    fit = f"{FIT.replace('--run_dir run', '--run_dir runs')} --import meanwhile --model Meanwhile"
+    others = {"mae/a/config.yaml", "checkpoints/old/config.yaml", "mae/new/.lock"}
+    for existed in (True, False):
+        if existed:
+            Path("runs").mkdir()
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            main(fit.split())
+        left = {str(path.relative_to("runs")) for path in Path("runs").rglob("*") if path.is_file()}
+        assert left == others | ({"notes.txt"} if existed else set())
+        shutil.rmtree("runs")
 
 
 def test_a_bug_keeps_its_traceback_and_leaves_no_folder() -> None:
