@@ -1,6 +1,5 @@
 """The command `moa data`: shards of images or text, a tokenizer, token files; each prints what trains with it."""
 
-import argparse
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +9,7 @@ from data.sources import Bad
 from data.token_writer import Written, train_tokenizer, write_tokens
 from data.tokenizer import BYTES
 from data.writers import write_image_shards, write_text_shards
+from moa_lightning.parser import Parser
 
 
 def data_command(argv: list[str]) -> None:
@@ -33,8 +33,8 @@ def data_command(argv: list[str]) -> None:
         _report_shards("ImageShards", shards, traits)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moa data", description="Write WebDataset shards, tokenizers, token files.")
+def _parser() -> Parser:
+    parser = Parser("moa data", description="Write WebDataset shards, tokenizers, token files.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     images = kinds.add_parser("images", help="images and class numbers as WebDataset shards")
     text = kinds.add_parser("text", help="documents as WebDataset shards")
@@ -59,14 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_folder(command: argparse.ArgumentParser, fraction: float) -> None:
+def _add_folder(command: Parser, fraction: float) -> None:
     command.add_argument("--out", required=True, help="folder to write; must not exist or be empty")
     for split in ("val", "test"):
         help_ = f"share of the {split} split where the source has none (default: {fraction})"
         command.add_argument(f"--{split}_fraction", type=float, default=fraction, help=help_)
 
 
-def _add_documents(command: argparse.ArgumentParser) -> None:
+def _add_documents(command: Parser) -> None:
     kinds = "plain text, .txt.gz, .jsonl and .json (.gz, .zst), .parquet or .tar"
     command.add_argument("--source", required=True, nargs="+", help=f"stdlib, or files, folders and globs: {kinds}")
     command.add_argument("--text_field", default="text", help="JSON key or Parquet column of the text (default: text)")

@@ -61,11 +61,13 @@ def main(argv: list[str] | None = None) -> int:
     stopped by SIGTERM or SIGUSR1 with a checkpoint (to be started again), 130 stopped by Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
-        return 0 if argv else 2
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(USAGE, end="")
+            return 0 if argv else 2
         return _dispatch(argv[0], argv[1:])
+    except SystemExit as end:  # --help, --print_config; after Ctrl-C
+        return end.code if isinstance(end.code, int) else 0
     except UserError as error:
         _say(str(error))
         return error.exit_code
@@ -114,10 +116,7 @@ def _run_lightning(command: str, argv: list[str]) -> int:
     options, notes = resolve_precision(config, options)
     from .lightning_cli import run_lightning_command
 
-    try:
-        run_lightning_command(command, config, options, fragments, notes)
-    except SystemExit as end:  # --help, --print_config; after Ctrl-C
-        return end.code if isinstance(end.code, int) else 0
+    run_lightning_command(command, config, options, fragments, notes)
     return 0
 
 

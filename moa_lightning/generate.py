@@ -10,17 +10,13 @@ import argparse
 import codecs
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from .errors import UserError
 from .options import Option, find_class, is_base, parameters_of, without_none
+from .parser import Parser, seed
 
 WEIGHTS_HELP = "average or last ones, of a run that keeps an average (default: those that it validates)"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"moa generate: {message}; moa generate --help lists the options")
 
 
 def generate_command(argv: list[str]) -> None:
@@ -43,8 +39,8 @@ def generate_command(argv: list[str]) -> None:
         _write(net, data, prompt, tokens, number, sampling, options, alone)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="moa generate", description=__doc__.partition("\n")[0].partition(": ")[2], allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser("moa generate", description=__doc__.partition("\n")[0].partition(": ")[2])
     parser.add_argument(
         "--ckpt_path", required=True, help="checkpoint of a language model: a file or a folder of shards"
     )
@@ -57,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
     parser.add_argument("--top_p", type=float, help="draw from the fewest tokens that hold this share of probability")
     parser.add_argument("--min_p", type=float, help="leave out tokens less than this times as likely as the likeliest")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, the same for every prompt (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of what is drawn, the same for every prompt (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default auto)")
     parser.add_argument("--weights", choices=("average", "last"), help=WEIGHTS_HELP)
     parser.add_argument("--import", action="append", default=[], help="Python module to import first; may be repeated")

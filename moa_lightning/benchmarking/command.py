@@ -1,12 +1,11 @@
 """The command `moa bench`: what is measured, on which device, and where the results go."""
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from ..errors import UserError
 from ..help import BENCH
+from ..parser import Parser
 from .decode import decode
 from .layers import layer, op
 from .loading import data
@@ -23,11 +22,6 @@ PARTS: dict[str, Callable[[Setting, Machine], list[Row]]] = {
     "data": data,
 }
 FULL, SHORT = Effort(rounds=31, seconds=15.0), Effort(rounds=3, seconds=0.5, warm_up=1)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; moa bench --help lists the options")
 
 
 def bench_command(argv: list[str]) -> None:
@@ -76,8 +70,8 @@ def choose(device_name: str | None, quick: bool) -> Setting:
     return Setting(device, sizes, SHORT if quick else FULL, fast_dtypes(device))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="moa bench", add_help=False, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser("moa bench", add_help=False)
     parser.add_argument("what", nargs="*")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out")

@@ -6,17 +6,17 @@ callbacks, nothing that could run code. `--to timm` writes the encoder alone, wh
 `--to hf` a folder that transformers loads, with the tokenizer (hub_export.py).
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from ..errors import UserError
 from ..generate import WEIGHTS_HELP
+from ..parser import Parser
 
 
 def export_command(argv: list[str]) -> None:
     """The command; raises UserError for a mistake in the input."""
-    parser = argparse.ArgumentParser(prog="moa export", description=__doc__.partition("\n")[0])
+    parser = Parser("moa export", description=__doc__.partition("\n")[0])
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run: a file or a folder of shards")
     parser.add_argument(
         "--out", required=True, type=Path, help="file to write, for instance model.safetensors; a folder for hf"

@@ -15,6 +15,7 @@ from moa_lightning.experiments.grid_file import check_seeds, load_grid
 from moa_lightning.experiments.runner import Failure, make_schedule, run_grid
 from moa_lightning.experiments.schedule import Schedule
 from moa_lightning.experiments.state import State, read_result, survey
+from moa_lightning.parser import Parser
 
 FILE_WIDTH = 120  # columns of a table that goes into a file
 INTERRUPTED = 130  # exit status after Ctrl-C, by convention 128 + SIGINT
@@ -67,9 +68,9 @@ def _resolve_config(name: str) -> Path:
     return resolve_config(name)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="moa ablate",
+def _parser() -> Parser:
+    parser = Parser(
+        "moa ablate",
         description="Train tasks x variants x seeds, skip what is finished, compare with the baseline.",
     )
     parser.add_argument("grid", metavar="GRID.yaml", help="the grid file")

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,14 +16,10 @@ from ..experiments.progress import duration
 from ..help import PLAN
 from ..mistakes import mistakes, quiet
 from ..options import Option
+from ..parser import Parser
 from .devices import DEVICES, find_device
 from .estimate import EFFICIENCY, Plan, Planner, answer, gigabytes
 from .settings import Settings, read_settings
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -37,8 +33,8 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return number
 
 
-def _own_options() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+def _own_options() -> Parser:
+    parser = Parser("moa plan", add_help=False)
     parser.add_argument("--device", default=None)
     for name in ("--devices", "--train_samples"):
         parser.add_argument(name, type=_positive(int), default=None)

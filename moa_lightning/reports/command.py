@@ -1,10 +1,10 @@
 """`moa report RUN_OR_GRID`: one page about a run or a grid, as HTML and as Markdown."""
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
+from ..parser import Parser
 from .content import Report
 
 PAGE = "report"
@@ -16,8 +16,8 @@ def report_command(argv: list[str]) -> int:
     Raises:
         UserError: for a mistake in the options, or a folder that holds nothing to report on.
     """
-    parser = argparse.ArgumentParser(
-        prog="moa report", description="Write report.html and report.md about a run or a grid, finished or under way."
+    parser = Parser(
+        "moa report", description="Write report.html and report.md about a run or a grid, finished or under way."
     )
     parser.add_argument("what", metavar="RUN_OR_GRID", help="the folder of a run, or a grid's folder or file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report, instead of that of the run")

@@ -1,9 +1,7 @@
 """The command `moa theory`: runs the study, prints its tables and statements, writes theory.json and theory.png."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,6 +11,7 @@ from rich.table import Table
 from moa_lightning.callbacks.files import write_json
 from moa_lightning.errors import UserError
 from moa_lightning.help import THEORY
+from moa_lightning.parser import Parser, seed
 
 from .figure import draw
 from .fits import Effort
@@ -20,11 +19,6 @@ from .study import LEVELS, STATEMENTS, Study, run_study
 from .witnesses import TARGETS, Target
 
 QUICK_WIDTHS, QUICK_ACTIVATIONS, QUICK_EFFORT = (1, 2, 4, 8), ("gelu", "relu", "relu2"), Effort(4, 80, 200)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"moa theory: {message}; moa theory --help lists the options")
 
 
 def theory_command(argv: list[str]) -> int:
@@ -39,10 +33,10 @@ def theory_command(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(THEORY, end="")
         return 0
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser("moa theory", add_help=False)
     parser.add_argument("--out", type=Path, default=Path("runs/theory"))
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(argv)
     try:
         options.out.mkdir(parents=True, exist_ok=True)

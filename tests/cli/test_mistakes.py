@@ -115,6 +115,15 @@ CASES = {
     "last of nothing": (f"{FIT} --ckpt_path last", ["'run' holds no checkpoints/last.ckpt"]),
     "last of what": (f"fit {VISION} --ckpt_path last", ["--ckpt_path last needs --run_dir"]),
     "validate what": ("validate", ["moa validate needs --ckpt_path"]),
+    # commands with options of their own
+    "nothing to write": ("data text --source words.txt", ["moa data text: ", "--out", "moa data text --help lists"]),
+    "abbreviation": ("data text --sourc words.txt --out shards", ["moa data text: ", "--source"]),
+    "no kind": ("data texts", ["moa data: ", "'texts'", "tokenizer"]),
+    "unknown option": ("ablate grid.yaml --job 2", ["moa ablate: ", "--job 2"]),
+    "one word too many": ("report run grid", ["moa report: ", "grid"]),
+    "abbreviated export": ("export --ckpt words.txt --out net", ["moa export: ", "--ckpt_path"]),
+    "seed of theory": ("theory --seed -1", ["moa theory: ", "'-1' is no seed"]),
+    "plan": ("plan --devices 0", ["moa plan: ", "'0' is not above 0"]),
     "no config": ("test --ckpt_path foreign.ckpt", ["no config.yaml lies beside 'foreign.ckpt'"]),
 }
 
