@@ -21,7 +21,7 @@ from data.documents import SPLITS, check_fractions, cuts, place_of
 from data.faults import OnBadSample
 from data.sources import Bad, documents
 from data.tokenizer import BYTES, Tokenizer, open_tokenizer, train_bpe
-from data.writers import new_folder
+from data.writers import new_folder, writing
 from moa_lightning.errors import UserError
 
 DESCRIPTION, TOKENIZER, STARTS = "tokens.json", "tokenizer.json", ".starts"
@@ -132,15 +132,17 @@ def train_tokenizer(
     path, bad = Path(out), Bad(on_bad_sample)
     if path.exists():
         raise UserError(f"{out} exists: choose another name or remove it")
+    with writing(out):  # asked before minutes of training
+        path.parent.mkdir(parents=True, exist_ok=True)
     texts = (piece.decode() for text in documents(source, text_field, True, bad) for piece in text.pieces)
     library = train_bpe(texts, vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        library.save(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(out):
+        try:
+            temporary.write_text(library.to_str(pretty=True), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return Written(path, {"vocab_size": vocab_size}, bad)
 
 

@@ -5,6 +5,7 @@ that exists is complete. Training samples are shuffled once on writing, because 
 Time stamps are zero: the same input gives the same bytes.
 """
 
+import errno
 import os
 import shutil
 import tarfile
@@ -194,15 +195,31 @@ def new_folder(out: str) -> Iterator[Path]:
     target = Path(out).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: choose another name or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with writing(out):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise _unwritable(out, error) from error
         raise
+
+
+@contextmanager
+def writing(out: str) -> Iterator[None]:
+    """UserError where the system does not let `out` be written."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def _unwritable(out: str, error: OSError) -> UserError:
+    return UserError(f"--out {out} cannot be written ({error.strerror or error}): choose another place or make room")
 
 
 def _umask() -> int:

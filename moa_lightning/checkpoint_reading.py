@@ -81,9 +81,12 @@ def read_file(path: Path) -> dict[str, Any]:
     """A checkpoint in one file. Errors as in `RunCheckpointIO.load_checkpoint`."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises whatever its readers raise
         raise _unreadable(path, error) from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' holds no named tensors but a {type(content).__name__}; give a checkpoint of a run")
+    return content
 
 
 def _unreadable(path: Path, error: BaseException) -> UserError:

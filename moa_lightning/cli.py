@@ -16,10 +16,11 @@ import os
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .allowed import allow_packages, check_fragments
+from .allowed import OWN, allow_packages, check_fragments
 from .configs import Fragment, auto_precision, compose, load_config, lookup
 from .errors import UserError
 from .help import COMMAND_HELP, USAGE
@@ -52,20 +53,21 @@ SETTINGS = (
 )  # of a config.yaml used again
 # A mistake of the input shows in all processes; the first one says it and ends the others within this time.
 SECONDS_OF_SILENCE = 5.0
+ROOT = Path(__file__).parents[1]  # of the packages
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code.
 
-    0 done, 1 failed runs in a grid, 2 a mistake in the input, 3 a training that diverged, 70 a run that hung, 75
-    stopped by SIGTERM or SIGUSR1 with a checkpoint (to be started again), 130 stopped by Ctrl-C.
+    0 done, 1 failed runs in a grid, 2 a mistake in the input or a file that cannot be read or written, 3 a training
+    that diverged, 70 a run that hung, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint (to be started again), 130
+    stopped by Ctrl-C, 141 nobody reads the output any more.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
-            print(USAGE, end="")
-            return 0 if argv else 2
-        return _dispatch(argv[0], argv[1:])
+        code = _dispatch(argv[0], argv[1:]) if argv else _usage(2)
+        sys.stdout.flush()  # here and not at the interpreter's end, where nothing catches a reader that has gone
+        return code
     except SystemExit as end:  # --help, --print_config; after Ctrl-C
         return end.code if isinstance(end.code, int) else 0
     except UserError as error:
@@ -73,6 +75,36 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells have it
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141  # 128 + SIGPIPE
+        _say(_of_the_system(error))
+        return UserError.exit_code
+
+
+def _usage(code: int) -> int:
+    print(USAGE, end="")
+    return code
+
+
+def _nobody_reads() -> bool:
+    """Whether what reads the output has gone, as `head` does; what is still to be written is dropped then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _of_the_system(error: OSError) -> str:
+    """The sentence about a file or a machine that does not do what it is asked: the file, the reason, the place in the
+    code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if any(Path(frame.filename).is_relative_to(ROOT / name) for name in OWN)]
+    place = f" ({Path(own[-1].filename).relative_to(ROOT)}, line {own[-1].lineno})" if own else ""
+    file = "" if error.filename is None else f"'{os.fsdecode(error.filename)}': "
+    return f"{file}{error.strerror or error}{place}; check paths, permissions and free space"
 
 
 def _say(message: str) -> None:
@@ -92,6 +124,8 @@ def _one_line(message: str) -> str:
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
+    if command in ("-h", "--help", "help"):
+        return _usage(0)
     if command in LIGHTNING_COMMANDS:
         if rest in (["-h"], ["--help"]):
             print(COMMAND_HELP[command], end="")

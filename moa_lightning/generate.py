@@ -62,6 +62,10 @@ def _parser() -> Parser:
 
 def _prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
+        try:
+            options.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError("--prompt is not text in UTF-8, which the terminal has to send; write it again") from error
         return [options.prompt]
     try:
         lines = options.prompt_file.read_text().splitlines()
@@ -80,6 +84,8 @@ def _device(name: str) -> Any:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device '{name}' cannot be used here; choose auto or cpu") from error
+    if device.type == "meta":
+        raise UserError("--device 'meta' computes no values; choose auto or cpu")
     return device
 
 

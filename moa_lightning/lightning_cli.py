@@ -167,6 +167,9 @@ class MoaCLI(LightningCLI):
         self.config = parser.parse_args(args)
         own = self.config[self.config.subcommand]
         check_classes(own.as_dict(), own["import"])
+        seed = own["seed_everything"]
+        if not isinstance(seed, bool) and not 0 <= (seed or 0) < 2**32:
+            raise UserError(f"--seed_everything is {seed}; give a whole number from 0 to {2**32 - 1}")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the command line and the configs say what is built, not the checkpoint."""

@@ -148,8 +148,14 @@ def new_run_dir(given: Path | None, root: Path) -> Path:
             folder.mkdir(parents=True)  # at once, so that two runs started together get two folders
         except FileExistsError:
             version += 1
+        except OSError as error:
+            raise _unusable(folder, error) from error
         else:
             return folder
+
+
+def _unusable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(f"the run's folder '{run_dir}' cannot be written ({error.strerror}); choose another --run_dir")
 
 
 class FolderGuard:
@@ -216,12 +222,15 @@ class FolderLock:
     """Held by the first process of a fit as long as it lives, so that no second one writes into the same folder.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / LOCK).open("w")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (run_dir / LOCK).open("w")
+        except OSError as error:
+            raise _unusable(run_dir, error) from error
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock it is not inherited by workers
         except (BlockingIOError, PermissionError):

@@ -89,7 +89,7 @@ def export(checkpoint: str, out: Path, weights: str | None = None, for_timm: boo
         name: tensor.contiguous().clone()  # tied tensors share memory, which safetensors refuses
         for name, tensor in net_weights(content, weights).items()
     }
-    if not tensors:
+    if not tensors or "global_step" not in content:
         raise UserError(f"checkpoint '{path}' holds no net; give one that a run of moa has written")
     metadata = {
         "format": "pt",

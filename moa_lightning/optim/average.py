@@ -67,9 +67,11 @@ def net_weights(checkpoint: Mapping[str, Any], which: str | None = None) -> dict
         which: "average" or "last"; None: those that the run evaluates.
 
     Raises:
-        UserError: there is no average.
+        UserError: there is no average, or no net.
     """
     state = checkpoint.get("state_dict", {})
+    if not isinstance(state, Mapping):
+        raise UserError("the checkpoint holds no net; give one that a run of moa has written")
     last, average = (
         {name.removeprefix(place): tensor for name, tensor in state.items() if name.startswith(place)}
         for place in ("net.", "average.")

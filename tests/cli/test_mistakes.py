@@ -1,5 +1,7 @@
 """A mistake in the input: one sentence on stderr, exit code 2, nothing left behind, nothing trained."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +18,7 @@ FIT = f"{MAE} --trainer.max_steps 2 --run_dir run"
 WRITE = f"{TEXT} --trainer.max_steps 2 --run_dir run"
 DINO = "fit -c configs/vision/dino_tiny.yaml -c configs/data/mnist5k.yaml --trainer.max_steps 2 --run_dir run"
 FOLDER = "fit -c configs/vision/mae_tiny.yaml -c configs/data/image_folder.yaml --trainer.max_steps 2 --run_dir run"
+SAY = "generate --ckpt_path nowhere.ckpt --prompt a"
 SHARDS = "fit -c configs/vision/mae_tiny.yaml -c configs/data/image_shards.yaml --trainer.max_steps 2 --run_dir run"
 
 FILES = {
@@ -39,6 +42,8 @@ def _input_files() -> None:
         Path(name).write_text(content)
     Path("empty").mkdir()
     torch.save({"weights": torch.zeros(2)}, "foreign.ckpt")
+    torch.save([1], "list.ckpt")
+    torch.save({"state_dict": [1]}, "state.ckpt")
     Path("words.txt").write_text("some words to learn from\n" * 60)
 
 
@@ -115,6 +120,22 @@ CASES = {
     "last of nothing": (f"{FIT} --ckpt_path last", ["'run' holds no checkpoints/last.ckpt"]),
     "last of what": (f"fit {VISION} --ckpt_path last", ["--ckpt_path last needs --run_dir"]),
     "validate what": ("validate", ["moa validate needs --ckpt_path"]),
+    # what the system refuses
+    "folder below a file": (FIT.replace("--run_dir run", "--run_dir words.txt/run"), ["'words.txt/run'", "directory"]),
+    "folder of nobody": (FIT.replace("--run_dir run", "--run_dir /proc/run"), ["'/proc/run' cannot be written"]),
+    "shards below a file": ("data text --source words.txt --out words.txt/a", ["--out words.txt/a cannot be written"]),
+    "tokens of nobody": ("data tokens --source words.txt --out /proc/a", ["--out /proc/a cannot be written"]),
+    "tokenizer of nobody": (
+        "data tokenizer --source words.txt --vocab_size 300 --out /proc/a/t.json",
+        ["--out /proc/a/t.json cannot be written"],
+    ),
+    "grid into a file": ("ablate configs/grids/quickstart.yaml --out words.txt", ["'words.txt': ", "state.py, line "]),
+    "seed": (f"{FIT} --seed_everything -1", ["--seed_everything is -1; give a whole number from 0"]),
+    "seed of text": (f"{SAY} --seed 100000000000000000000", ["is no seed"]),
+    "bytes": (f"{SAY} --prompt \udcff", ["--prompt is not text in UTF-8"]),
+    "meta": (f"{SAY} --device meta", ["--device 'meta' computes no values"]),
+    "list": ("export --ckpt_path list.ckpt --out net", ["'list.ckpt' holds no named tensors but a list"]),
+    "other state": ("export --ckpt_path state.ckpt --out net", ["the checkpoint holds no net"]),
     # commands with options of their own
     "nothing to write": ("data text --source words.txt", ["moa data text: ", "--out", "moa data text --help lists"]),
     "abbreviation": ("data text --sourc words.txt --out shards", ["moa data text: ", "--source"]),
@@ -224,3 +245,27 @@ def test_a_mistake_behind_other_exceptions_is_found() -> None:
     wrapped.__cause__ = UserError("the reason")
     assert str(find_user_error(wrapped)) == "the reason"
     assert find_user_error(RuntimeError("alone")) is None
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(moa: Moa, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("data.token_writer.SplitFile.add", full)
+    before = set(Path().iterdir())
+    outcome = moa("data tokens --source words.txt --out tokens")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "--out tokens cannot be written (No space left on device)" in outcome.err
+    assert set(Path().iterdir()) == before
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        assert main(["fit", "--help"]) == 141
+    monkeypatch.undo()
+    assert capfd.readouterr().err == ""
