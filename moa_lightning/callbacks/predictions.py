@@ -4,6 +4,7 @@ NumPy's .npz holds one array a column and reads without pickle; .parquet (pyarro
 fixed size, as vector databases and data frames take them.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints import PARTIAL
 from ..errors import UserError
 
 FORMATS = (".npz", ".parquet")
@@ -69,7 +71,17 @@ class PredictionFile(L.Callback):
 
 
 def write_table(path: Path, columns: dict[str, np.ndarray]) -> None:
-    """Write columns of equal length, (n,) or (n, D), as the ending of the path says."""
+    """Write columns of equal length, (n,) or (n, D), as the ending of the path says; the file is there when it is
+    whole."""
+    partial = path.with_name(f"{path.stem}{PARTIAL}{path.suffix}")  # NumPy insists on the ending
+    try:
+        _write(partial, columns)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(path: Path, columns: dict[str, np.ndarray]) -> None:
     if path.suffix == ".npz":
         np.savez(path, allow_pickle=False, **columns)
         return

@@ -241,6 +241,27 @@ def test_features_as_parquet(tmp_path: Path) -> None:
     assert table["features"].to_pylist() == features.tolist()
 
 
+@pytest.mark.parametrize(
+    ("ending", "writer"), [(".npz", "numpy.lib.format.write_array"), (".parquet", "pyarrow.parquet.write_table")]
+)
+def test_a_table_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, writer: str
+) -> None:
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow.parquet")
+    file, columns = tmp_path / f"a{ending}", {"id": np.arange(3)}
+    write_table(file, columns)
+    before = file.read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(OSError, match="no room"):
+        write_table(file, columns)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {file: before}
+
+
 def test_runs_without_a_name_are_numbered_and_can_be_repeated(moa: Moa) -> None:
     for _ in range(2):
         assert moa(f"{MAE} --trainer.max_steps 1").code == 0
