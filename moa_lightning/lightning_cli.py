@@ -40,19 +40,19 @@ from .callbacks.report import RunReport, metrics_table
 from .callbacks.validation import ValidationSchedule
 from .callbacks.watchdog import Watchdog
 from .checkpoints import RunCheckpointIO
-from .configs import Fragment
+from .configs import Fragment, load_config
 from .controls import hold_mixes, token_means
 from .errors import UserError
 from .evaluated import Settings, check_pixels, fill_data, settings_of
 from .matching import check_kind, check_share
 from .mistakes import mistakes, quiet
 from .options import Option, Tree
+from .result_files import changed_options, result_name
 from .run_folder import (
     AUTO,
     CONFIG,
     HELD,
     RUN_DIR_VARIABLE,
-    TEST,
     FolderGuard,
     FolderLock,
     checkpoint_path,
@@ -308,7 +308,12 @@ class MoaCLI(LightningCLI):
         if self.trainer.is_global_zero:
             Console().print(metrics_table(self._metrics()))
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(self.run_dir / TEST, {"metrics": self._metrics()})
+            checkpoint = self._get(self.config, "ckpt_path")
+            run = run_of_checkpoint(checkpoint)
+            own = {} if run is None else load_config(str(run / CONFIG)).content.get("data") or {}
+            changed = changed_options(self._get(self.config, "data").as_dict(), own)
+            written = {**({"data": changed} if changed else {}), "metrics": self._metrics()}
+            write_json(self.run_dir / result_name(changed), written)
 
     def _metrics(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}

@@ -1,7 +1,8 @@
 """The folder of a run: which one it is, who may write into it, and that nothing stays of a run that never ran.
 
     <run_dir>/config.yaml, tokenizer.json (unless tokens are bytes), events.out.tfevents.*, metrics.csv,
-    checkpoints/last.ckpt, result.json (a finished fit), test.json (moa test), predictions.npz (moa predict)
+    checkpoints/last.ckpt, result.json (a finished fit), test.json (moa test; of other data
+    test-<what differs>.json), predictions.npz (moa predict)
 
 A process that a strategy launches learns the folder from the first one through the environment.
 """

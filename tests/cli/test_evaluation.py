@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from moa_lightning.optim import OptimizerConfig
+from moa_lightning.result_files import changed_options, result_name
 from tests.cli.conftest import MAE, SMALL, Moa
 
 DATA = "-c configs/data/imagenet_folder.yaml --data.source x -c configs/trainer/cpu.yaml"
@@ -52,9 +53,10 @@ def test_a_run_is_probed_and_fine_tuned(moa: Moa) -> None:
     options = "--data.bank_size 60 --data.test_fraction 0.02"
     outcome = moa(f"test --ckpt_path {last} -c configs/evaluation/probe.yaml {options}")
     assert (outcome.code, outcome.err) == (0, "")
-    found = json.loads(Path("run/test.json").read_text())["metrics"]
+    found = json.loads(Path("run/test-bank_size-60-test_fraction-0.02.json").read_text())["metrics"]
     assert {f"test/{pixels}{name}" for pixels in ("", "pixels_") for name in ("knn20_top1", "probe_top1")} <= set(found)
     assert "raw pixels" in outcome.out
+    assert not Path("run/test.json").exists()
     assert "test/feature_rank" in outcome.out
 
     tuned = moa(
@@ -116,3 +118,29 @@ def test_a_run_is_judged_on_other_data_as_the_net_that_it_is(moa: Moa) -> None:
         assert outcome.code == 2
         assert words in outcome.err
         assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_a_test_on_other_data_leaves_the_clean_result(moa: Moa) -> None:
+    assert moa(f"{MAE} --data.test_fraction 0.02 --trainer.max_steps 1 --run_dir run").code == 0
+    test = "test --ckpt_path run/checkpoints/last.ckpt"
+    for options in ("--data.batch_size 16", "--data.corruption fog --data.severity 5"):
+        assert moa(f"{test} {options}").code == 0
+    clean, corrupted = (json.loads(Path(f"run/{name}.json").read_text()) for name in ("test", "test-fog-5"))
+    assert clean.keys() == {"metrics"}
+    assert corrupted["data"] == {"corruption": "fog", "severity": 5}
+    assert clean["metrics"]["test/loss"] != corrupted["metrics"]["test/loss"]
+
+
+def test_the_name_of_a_result_says_what_differs() -> None:
+    def name(**changes: object) -> str:
+        own = {"class_path": "data.Images", "init_args": {"source": "mnist5k", "mean": [0.5], "severity": 3}}
+        used = {"class_path": "data.Images", "init_args": {**own["init_args"], "corruption": None, **changes}}
+        return result_name(changed_options(used, own))
+
+    assert name() == name(mean=(0.5,), severity=4, new=1) == "test.json"
+    assert name(source="cifar10") == "test-source-cifar10.json"
+    assert name(corruption="all", severity=3, mean=(0.1,)) == "test-mean-_0.1_-all-3.json"
+    folders = {name(source=f"{place}/images") for place in ("a", "b")}
+    assert len(folders) == 2
+    assert all(each.startswith("test-source-images-") for each in folders)
+    assert len(name(source="x" * 300)) < 100
