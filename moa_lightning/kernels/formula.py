@@ -67,6 +67,13 @@ def _quick_gelu(u: Tensor) -> Both:
     return _times(u, s), s + 1.702 * _times(u, slope)
 
 
+def _gelu_tanh(u: Tensor) -> Both:
+    """u · sigmoid(2 z), as (1 + tanh z) / 2 is that sigmoid."""
+    scale, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
+    s, slope = _logistic(scale * (u + cubic * u * u * u))
+    return _times(u, s), s + _times(u * scale * (1 + 3 * cubic * u * u), slope)
+
+
 def _relu2(u: Tensor) -> Both:
     positive = u.clamp(min=0)
     return positive * positive, 2 * positive
@@ -80,6 +87,7 @@ _FORMULAS: dict[str, Callable[[Tensor], Both]] = {
     "leaky_relu": lambda u: (torch.where(u < 0, LEAKY_SLOPE * u, u), _side(u, 1.0, LEAKY_SLOPE)),
     "relu2": _relu2,
     "tanh": _tanh,
+    "gelu_tanh": _gelu_tanh,
     "quick_gelu": _quick_gelu,
     "sigmoid": _logistic,
 }
