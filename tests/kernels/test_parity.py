@@ -1,9 +1,10 @@
 """Every implementation of the mix agrees with NumPy in float64 (parity.py); Triton runs in its interpreter.
 
-Compiling takes seconds a case, so `compiled` is compared on one mix here and on all of them in docs/kernels.md; the
-formulas that it traces are compared one by one.
+Compiling takes seconds a case, so `compiled` is compared on one mix here and on all of them in docs/kernels.md; what it
+traces is compared in the other forms and dtypes, and its formulas one by one.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from moa_lightning.kernels import compiler_works, cpp, formula
+from moa_lightning.kernels import compiled, compiler_works, cpp, formula
 from tests import reference
 from tests.kernels import parity
 
@@ -58,6 +59,23 @@ def test_compiled_agrees_with_numpy() -> None:
         pytest.skip("no compiler for torch.compile")
     found = parity.errors(*parity.MIXES["both"], torch.float32, "compiled", (2, 5, 33))
     assert max(found) < ROUNDING["float32"]
+
+
+@pytest.mark.parametrize(
+    ("label", "shape", "dtype"),
+    [("plain", (3, 17), "bfloat16"), ("one", (1, 1), "bfloat16"), ("pairs", (2, 5, 33), "float32")],
+)
+def test_what_is_compiled_agrees_with_numpy_in_other_forms(
+    monkeypatch: pytest.MonkeyPatch, label: str, shape: tuple[int, ...], dtype: str
+) -> None:
+    """Traced and taken apart as for the compiler, then run by PyTorch, which takes no time to compile."""
+    monkeypatch.setattr(compiled.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled._passes.cache_clear()
+    try:
+        found = parity.errors(*parity.MIXES[label], parity.DTYPES[dtype], "compiled", shape)
+    finally:
+        compiled._passes.cache_clear()
+    assert max(found) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("name", parity.TEN)
