@@ -1,11 +1,11 @@
 """Tokenizers: bytes, a byte-level BPE that is trained here, and any tokenizer.json whose tokens are pieces of text.
 
 Every token id has its bytes, read from the vocabulary once: decoding joins them, and their lengths make bits per byte
-right for any tokenizer. So a tokenizer that changes text (lower case, Unicode's normal forms, lost spaces) is refused,
-and none puts a space before a text, as Llama 2's file asks for: the bytes of the tokens are those of the text. Two
-families say their bytes: byte-level ones (GPT-2, Llama 3: a character of a token stands for one byte) and
-SentencePiece's (Llama 2: a low line for a space, <0x0A> for a byte). The name of a special token that stands in a text
-is text like any other.
+right for any tokenizer. So a tokenizer that changes text (lower case, accents, NFKC, lost spaces) is refused. NFC
+(Qwen, GPT-NeoX) writes the same characters in their usual spelling and passes: bytes are then those of that spelling.
+None puts a space before a text, as Llama 2's file asks for: the bytes of the tokens are those of the text. Two families
+say their bytes: byte-level ones (GPT-2, Llama 3: a character of a token stands for one byte) and SentencePiece's (Llama
+2: a low line for a space, <0x0A> for a byte). The name of a special token that stands in a text is text like any other.
 """
 
 import hashlib
@@ -197,7 +197,7 @@ def _exact(path: str, parts: dict[str, Any]) -> dict[str, Any]:
         UserError: there is a part that changes text, so that the bytes of tokens would not be those of the text.
     """
     normalizers, splitters = _flat(parts.get("normalizer")), _flat(parts.get("pre_tokenizer"))
-    changing = [part["type"] for part in normalizers if part["type"] != "Prepend" and not _writes_spaces(part)]
+    changing = [p["type"] for p in normalizers if p["type"] not in ("Prepend", "NFC") and not _writes_spaces(p)]
     dropping = [part["type"] for part in splitters if part["type"] in _DROPPING or part.get("behavior") == "Removed"]
     if changing or dropping:
         raise UserError(

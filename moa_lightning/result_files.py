@@ -1,7 +1,7 @@
 """Where the result of `moa test` goes: test.json for the run's own data, a file of another name for any other.
 
-What differs is in the name, so a result on corrupted images, another source or another bank of neighbours never takes
-the place of the clean one, which grids and reports read. The options that differ stand inside the file too.
+What differs is in the name, so a result on corrupted images or another source never takes the place of the clean
+one, which grids and reports read. The options that differ stand inside the file too.
 """
 
 import hashlib
@@ -11,8 +11,18 @@ from collections.abc import Mapping
 from typing import Any
 
 LONGEST = 80  # characters of a name
-# what a result does not depend on
-WITHOUT_EFFECT = ("batch_size", "num_workers", "shuffle_block", "on_bad_sample", "transform", "max_val_samples")
+# what does not change the images or texts that are judged
+WITHOUT_EFFECT = (
+    "batch_size",
+    "num_workers",
+    "shuffle_block",
+    "on_bad_sample",
+    "transform",
+    "max_val_samples",
+    "bank_size",
+)
+
+OPEN = ("image_size", "channels", "mean", "std")  # taken from the checkpoint where the run's config leaves them open
 
 
 def changed_options(used: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,6 +34,7 @@ def changed_options(used: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str
     """
     now, before = _flat(used, ""), {"corruption": None, **_flat(own, "")}
     found = {name: value for name, value in now.items() if name in before and value != before[name]}
+    found = {name: value for name, value in found.items() if before[name] is not None or _last(name) not in OPEN}
     if now.get("corruption") is not None and "corruption" in found:
         found["severity"] = now["severity"]
     elif now.get("corruption") is None:
@@ -42,6 +53,10 @@ def _flat(given: Any, key: str) -> dict[str, Any]:
     return found
 
 
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def result_name(changed: Mapping[str, Any]) -> str:
     """Name of the file: test.json, test-fog-3.json, test-source-fashion_mnist.json."""
     parts = []
@@ -49,8 +64,8 @@ def result_name(changed: Mapping[str, Any]) -> str:
         if name == "corruption" and value is not None:
             parts.append(f"{value}-{changed['severity']}")
         elif name != "severity" or changed.get("corruption") is None:
-            last = str(value).rstrip("/").rpartition("/")[2] or "root"
-            parts.append(f"{name.rpartition('.')[2]}-{last}")
+            end = str(value).rstrip("/").rpartition("/")[2] or "root"
+            parts.append(f"{_last(name)}-{end}")
     text = re.sub(r"[^\w.+-]+", "_", "-".join(["test", *parts]))
     if len(text) > LONGEST or any("/" in str(value) for value in changed.values()):  # folders of one name
         digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]

@@ -123,6 +123,15 @@ def test_no_tokenizer_puts_a_space_before_a_text(bpe, tmp_path):
             assert exported.decode(tokens.tolist()) == text
 
 
+def test_unicode_in_its_usual_spelling_passes(bpe, tmp_path):
+    library = Tokenizer.from_file(bpe)
+    library.normalizer = normalizers.NFC()
+    library.save(str(tmp_path / "nfc.json"))
+    tokenizer = open_tokenizer(str(tmp_path / "nfc.json"))
+    (tokens,) = tokenizer.encode(["e\u0301 e".encode()])
+    assert b"".join(tokenizer.pieces[token] for token in tokens).decode() == "\u00e9 e"
+
+
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
