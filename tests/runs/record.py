@@ -1,5 +1,6 @@
 """What one process saw in a fit, and the callback that writes it down."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,19 +44,24 @@ class Recorder(L.Callback):
 
     def __init__(self, stop_at: int | None) -> None:
         self.record, self.stop_at = Record(), stop_at
+        self._rates: list[float] = []  # of the step under way; the schedule moves them before the batch has ended
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, index: int) -> None:
         self.record.ids.append(batch["id"].tolist())
 
     def on_before_optimizer_step(self, trainer: L.Trainer, task: L.LightningModule, optimizer: Any) -> None:
         self.record.norm.append(gradient_norm(task))
-        self.record.rates.append(tuple(g[key] for g in optimizer.param_groups for key in ("lr", "weight_decay")))
+        self._rates = [group["lr"] for group in optimizer.param_groups]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         self.record.loss.append(float(trainer.callback_metrics["train/loss"]))
         self.record.clipped.append(gradient_norm(task))
+        if self._rates:  # the batch was the last one of a step, whose decays the task has set since
+            decays = [group["weight_decay"] for group in trainer.optimizers[0].param_groups]
+            self.record.rates.append(tuple(itertools.chain(*zip(self._rates, decays, strict=True))))
+            self._rates = []
         if trainer.global_step == self.stop_at:
             trainer.should_stop = True
 
