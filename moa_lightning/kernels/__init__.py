@@ -64,13 +64,10 @@ def _mix(
 ) -> Tensor:
     if b is not None and (b.dtype != a.dtype or b.shape != a.shape):
         raise UserError(f"the branches of a gated mix are {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
-    for coefficients in (c,) if e is None else (c, e):
-        entries = (len(names),) * entry_axes(form)
-        if coefficients.shape not in (entries, (*a.shape[:-1], *entries)):
-            raise UserError(
-                f"coefficients of shape {tuple(coefficients.shape)} do not fit {len(names)} activations of a tensor "
-                f"{tuple(a.shape)}; give {entries} or {(*a.shape[:-1], *entries)}"
-            )
+    if not torch.compiler.is_compiling():  # a comparison of traced sizes would hold the graph to them
+        _check_coefficients(a, c, names, form)
+        if e is not None:
+            _check_coefficients(a, e, names, form)
     dtype = compute_dtype(a, c, e)
     c, e = c.to(dtype), None if e is None else e.to(dtype)
     if kernel == "reference":
@@ -79,3 +76,14 @@ def _mix(
     if torch.compiler.is_compiling() and not exporting and traces(kernel, names, a.dtype, dtype, a.device.type):
         return Traced.apply(a, c, b, e, names, form)
     return mix_op(a, c, b, e, list(names), form, kernel)
+
+
+def _check_coefficients(a: Tensor, c: Tensor, names: tuple[str, ...], form: Form) -> None:
+    """Hand-written kernels read them without looking at their shape."""
+    shared = (len(names),) * entry_axes(form)
+    each = (*a.shape[:-1], *shared)
+    if c.shape not in (shared, each):
+        raise UserError(
+            f"coefficients of shape {tuple(c.shape)} do not fit {len(names)} activations of a tensor {tuple(a.shape)}; "
+            f"give {shared} or {each}"
+        )

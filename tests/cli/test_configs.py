@@ -41,7 +41,7 @@ def each_once(*groups: list[str]) -> list[tuple[str, ...]]:
 
 
 PAIRS = [pair for kind in MODULES for pair in each_once(names(kind), data_of(kind))]
-LEFT_OPEN = ("image_folder", "imagenet_folder", "text_files", "token_files", "text_90_10")
+LEFT_OPEN = ("image_folder", "imagenet_folder", "imagenette", "text_files", "token_files", "text_90_10")
 
 
 def test_every_combination_of_fragments_names_existing_options_only() -> None:

@@ -114,6 +114,7 @@ def test_no_backbone_is_fetched_or_unpickled(monkeypatch: pytest.MonkeyPatch, ta
 
     monkeypatch.setattr(socket.socket, "connect", reached)
     sizes = {"image_size": 32, "channels": 3, "seed": 0}
+    sizes |= {"out_dim": 64, "teacher_momentum": 0.9, "teacher_temperature": 0.04} if task == "DINO" else {}
     given = {"backbone": "vit_tiny_patch16_224", **yaml.safe_load(arguments), **sizes}
     with pytest.raises(UserError) as caught:
         getattr(tasks, task)(**given).configure_model()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa_lightning.errors import UserError
 from moa_lightning.kernels import Kernel, mix, mix_pairs
 from tests import reference as numpy_reference
 from tests.layers import bytes_of, saved_tensors
@@ -213,6 +214,14 @@ def test_a_coefficient_of_zero_hides_an_overflow_in_the_backward_pass(huge: floa
     mix_pairs(a, b, square.detach().mT, names).sum().backward()  # a · tanh(b)
     torch.testing.assert_close(b.grad, 0.25 * (1 - torch.tanh(u.detach()).square()) * a.detach())
     torch.testing.assert_close(a.grad, 0.25 * torch.tanh(u.detach()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 7), (7, 1), (2, 5, 6), (6,), (10, 7)])
+def test_coefficients_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        UserError, match=r"do not fit 7 activations of a tensor \(2, 5, 33\); give \(7,\) or \(2, 5, 7\)"
+    ):
+        mix(torch.ones(2, 5, 33), torch.ones(shape), SEVEN)
 
 
 @KERNELS

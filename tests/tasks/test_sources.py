@@ -26,7 +26,7 @@ def test_sources_are_judged_by_their_own_text(tmp_path) -> None:
         for split, tokens in ids.items():
             np.array(tokens, "<u2").tofile(tmp_path / name / f"{split}.bin")
         first = library.id_to_token(ids["val"][0])  # is not predicted; visible ASCII is spelled as itself
-        held_out[name] = ids["val"], 2 * len(held.encode()) - len(first)
+        held_out[name] = ids["val"], 2 * len(held.encode()) - len(first) + 1  # one for the token between both
 
     sources = {name: data.TokenFiles(str(tmp_path / name), str(tmp_path / "t.json")) for name in texts}
     module = data.Mixture(sources, context_length=32, batch_size=4, seed=0)

@@ -172,7 +172,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys, monkeypatch, 
     ("arguments", "said"),
     [
         (["--widths", "3"], "unrecognized arguments: --widths 3"),
-        (["--seed", "x"], "invalid int value: 'x'"),
+        (["--seed", "x"], "'x' is no seed"),
         (["--out", "FILE"], "cannot make this folder"),
     ],
 )
