@@ -31,6 +31,7 @@ DEAD_WORKER = re.compile(
 HANGING_WORKER = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
 PEER = re.compile(r"Connection (closed|reset) by peer|remote process exited")
 UNLOADABLE = re.compile(r"Error\(s\) in loading state_dict for (\w+):\s*(.*)", re.DOTALL)
+LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
 # what Lightning and torch say of themselves in every run, none of which a user can act on
 NOISE = (
     ".*LeafSpec.*is deprecated.*",
@@ -149,8 +150,9 @@ def process_mistake(message: str) -> str | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Lightning says about itself."""
+    """Without what Lightning says about itself; its launcher stays silent, which ends processes as late as at exit."""
     names = ("lightning", "lightning.pytorch", "lightning.fabric")
+    logging.getLogger(LAUNCHER).setLevel(logging.WARNING)
     before = {name: logging.getLogger(name).level for name in names}
     with warnings.catch_warnings():
         for pattern in NOISE:

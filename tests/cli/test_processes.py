@@ -10,8 +10,8 @@ from tests.cli.conftest import TEXT
 TWO = f"{TEXT} --trainer.max_steps 2 --run_dir run --trainer.strategy ddp --trainer.devices 2"
 
 
-def command(line: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def command(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     moa = Path(sys.executable).with_name("moa")
     return subprocess.run(
         [str(moa), *line.split()], capture_output=True, text=True, timeout=240, env=environment, check=False
