@@ -86,7 +86,7 @@ def test_a_job_that_must_end_saves_and_is_queued_again(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "folder = Path(sys.argv[1]); state = folder / 'state'\n"
         "if state.exists():\n"
-        "    (folder / 'result.json').write_text(state.read_text()); sys.exit(0)\n"
+        "    state.rename(folder / 'result.json'); sys.exit(0)\n"
         "def save(*_):\n"
         "    state.write_text('saved'); sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, save)\n"
