@@ -14,8 +14,12 @@ from tests.tasks.recorder import Recorder
 STEPS = 5
 OPTIONS: dict[str, dict[str, Any]] = {
     "mae": {},
-    # a centre that moves with every micro-batch would tell accumulation apart
-    "dino": {"center_momentum": 1.0, "ibot": IBOTConfig(), "koleo_weight": 0.0},
+    # a centre that moves with every micro-batch would tell accumulation apart, and what DINO chooses for five steps has
+    # the loss fall to where bfloat16 is coarse
+    "dino": {
+        **{"center_momentum": 1.0, "ibot": IBOTConfig(), "koleo_weight": 0.0},
+        **{"teacher_momentum": 0.996, "teacher_temperature": 0.07},
+    },
 }
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "recomputed": ({"activation_checkpointing": True}, {}, 1e-6),
@@ -24,7 +28,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "bfloat16": ({}, {"precision": "bf16-mixed"}, 1e-2),
     "compiled": ({"compile": True}, {}, 1e-5),
 }
-"""options of the task, of the Trainer, largest difference of a step's loss, as a share of it or of the first one's"""
+"""options of the task, of the Trainer, largest relative difference of a step's loss"""
 
 
 def curve(kind: str, text: Any, folder: Any, options: dict[str, Any], of_trainer: dict[str, Any]) -> list[float]:
@@ -53,7 +57,7 @@ def test_the_loss_curve_is_the_same(kind: str, text, tmp_path, monkeypatch) -> N
     assert abs(expected[-1] / expected[0] - 1) > 0.03, "it trains"
     for name, (options, of_trainer, tolerance) in VARIANTS.items():
         found = curve(kind, text, tmp_path, options, of_trainer)
-        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance * expected[0]), name
+        assert found == pytest.approx(expected, rel=tolerance), name
         if name == "bfloat16":
             assert found != pytest.approx(expected, rel=1e-6), "it is in bfloat16"
     assert compiled
