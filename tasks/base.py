@@ -25,13 +25,13 @@ from moa_lightning.evaluation.token_classes import TokenClasses
 from moa_lightning.models.init import materialize, without_matrices, without_start
 from moa_lightning.optim import (
     NO_AVERAGE,
+    GroupOptions,
     OptimizerConfig,
-    Settings,
     WeightAverage,
-    apply_settings,
+    apply_group_options,
     build_optimizer,
     check_branch,
-    group_settings,
+    group_options,
     split_sharded,
     total_norm,
 )
@@ -84,7 +84,7 @@ class Task(L.LightningModule):
         self.net: Any = None
         self.chosen: dict[str, float] = {}  # options that were computed from data and length, for the log
         self.average: WeightAverage | None = None
-        self._settings: Settings | None = None  # of the optimiser's groups, as the options say
+        self._group_options: GroupOptions | None = None  # of the optimiser's groups, as the options say
         self._exchanged = False  # the averages are in the net, and its weights where the averages belong
         self.weights_from = weights_from
         self.missing_starts: list[str] = []  # sentences about files that options name and that are not there
@@ -230,11 +230,11 @@ class Task(L.LightningModule):
         """Refuse to begin without a given start; a run that goes on takes this run's options, not its checkpoint's."""
         if self.global_step == 0 and self.missing_starts:
             raise UserError(self.missing_starts[0])
-        if self._settings is not None:
+        if self._group_options is not None:
             schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
             for domain, config in self.run_configs().items():
                 check_branch(schedule, config, self.total_steps, domain)
-            apply_settings(schedule, self._settings)
+            apply_group_options(schedule, self._group_options)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the global generators, which drop path and mixing of images draw from, so that a resumed run draws what
@@ -246,7 +246,7 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         built = self.build_optimizer()
-        self._settings = group_settings(built["optimizer"])
+        self._group_options = group_options(built["optimizer"])
         return built
 
     def build_optimizer(self) -> dict[str, Any]:

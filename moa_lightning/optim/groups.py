@@ -3,8 +3,8 @@
 Weight decay belongs to matrices of the trunk. The coefficients of a mix (α, u, b) must not decay: learned activations
 have been judged weak because they were. They form a group of their own, with a learning-rate factor. Norms, biases,
 tokens, position tables and parameters of activations do not decay either; the learned norms of DINO's prototypes do, as
-in the official code. Of experts, which stack the parameters of
-several layers, each counts as what it is in one of them.
+in the official code. Of experts, which stack the parameters of several layers, each counts as what it is in one of
+them.
 
 Muon takes what the user's patterns name: matrices of the transformer's blocks. Embeddings, output matrices, routers,
 and the gates and coefficients of mixes are none of them.

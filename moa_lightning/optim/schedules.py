@@ -226,15 +226,15 @@ def check_branch(
             )
 
 
-Settings = list[dict[str, Any]]
+GroupOptions = list[dict[str, Any]]  # of each parameter group, in their order
 
 
-def group_settings(optimizer: torch.optim.Optimizer) -> Settings:
+def group_options(optimizer: torch.optim.Optimizer) -> GroupOptions:
     """The options of each parameter group; of an optimiser that has a schedule, with the peak rate "initial_lr"."""
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
-def apply_settings(schedule: torch.optim.lr_scheduler.LambdaLR, settings: Settings) -> None:
+def apply_group_options(schedule: torch.optim.lr_scheduler.LambdaLR, settings: GroupOptions) -> None:
     """Give the groups of a schedule's optimiser their options, and the rates of its step with these peaks.
 
     A checkpoint brings the options of the run that wrote it back with the moments, and its peaks with the step.
