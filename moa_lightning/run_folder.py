@@ -28,6 +28,7 @@ LOCK = ".lock"
 WRITTEN = (  # patterns of what a fit may have put into its folder before its first step is done
     CONFIG,
     "config-resumed.yaml",
+    TOKENIZER,
     LOCK,
     "environment.json",
     "events.out.tfevents.*",

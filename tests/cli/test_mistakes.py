@@ -219,6 +219,27 @@ def test_a_failed_run_removes_its_own_files_and_no_others(moa: Moa) -> None:
         shutil.rmtree("runs")
 
 
+def test_a_run_that_fails_before_its_first_step_removes_all_it_wrote(moa: Moa, words: None) -> None:
+    """Everything that is written at the start, into a folder that was there."""
+    assert moa("data tokenizer --source words.txt --vocab_size 280 --out t.json").code == 0
+    assert moa("data tokens --source words.txt --tokenizer t.json --out tokens").code == 0
+    Path("early.py").write_text(
+        "from pathlib import Path\nimport tasks\n"
+        "class Early(tasks.LanguageModeling):\n    def on_train_batch_start(self, batch, batch_idx):\n"
+        "        Path('seen').write_text(' '.join(path.name for path in Path('run').iterdir()))\n"
+        "        raise ZeroDivisionError('a bug')\n"
+    )
+    Path("run").mkdir()
+    Path("run/notes.txt").touch()
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main(
+            f"{TEXT} -c configs/data/token_files.yaml --data.source tokens --import early --model Early "
+            "--run_dir run".split()
+        )
+    assert {"config.yaml", "tokenizer.json", "metrics.csv"} <= set(Path("seen").read_text().split())
+    assert [path.name for path in Path("run").iterdir()] == ["notes.txt"]
+
+
 def test_a_bug_keeps_its_traceback_and_leaves_no_folder() -> None:
     Path("buggy.py").write_text(
         "import tasks\nclass Buggy(tasks.MAE):\n    def build(self, seed):\n        raise ZeroDivisionError('a bug')\n"
