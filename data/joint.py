@@ -63,6 +63,11 @@ class Joint(DataModule):
         """Of the images."""
         return self.parts[VISION].num_classes
 
+    @property
+    def tokenizer(self) -> Any:
+        """Of the text."""
+        return getattr(self.parts[LANGUAGE], "tokenizer", None)
+
     def prepare_data(self) -> None:
         for part in self.parts.values():
             part.prepare_data()

@@ -28,6 +28,8 @@ from .errors import UserError
 from .sharded import sharded_as
 
 META = "meta.pt"
+DOMAINS = VISION, LANGUAGE = "vision", "language"  # of a joint run
+PARTS = "parts"  # in its checkpoint: what each task keeps beside its net
 MODEL, OPTIMIZER = "model", "optimizer"
 _TABLE = "torch.distributed.checkpoint"
 _TABLE_CLASSES = {
@@ -87,6 +89,22 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"'{path}' holds no named tensors but a {type(content).__name__}; give a checkpoint of a run")
     return content
+
+
+def is_joint(settings: Any) -> bool:
+    """Whether a checkpoint's hyper-parameters are those of two tasks."""
+    return isinstance(settings, Mapping) and all(
+        isinstance(settings.get(domain), Mapping) and "options" in settings[domain] for domain in DOMAINS
+    )
+
+
+def refuse_joint(content: Mapping[str, Any], path: object) -> None:
+    """UserError where a checkpoint of one task is wanted and this one has two."""
+    if is_joint(content.get("hyper_parameters")):
+        raise UserError(
+            f"'{path}' is of a joint run; make its task a run of its own with moa export --to run --part vision (or "
+            "language) and give that"
+        )
 
 
 def _unreadable(path: Path, error: BaseException) -> UserError:

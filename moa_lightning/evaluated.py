@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint_reading import META, read_file
+from .checkpoint_reading import META, PARTS, VISION, is_joint, read_file
 from .errors import UserError
 
 OPEN_DATA = ("image_size", "channels")
@@ -28,14 +28,15 @@ def settings_of(checkpoint: str) -> Settings:
     """Read a checkpoint, a file or a folder of shards. Errors as in `read_file`."""
     path = Path(checkpoint)
     content = read_file(path / META if path.is_dir() else path)
-    return Settings(content.get("hyper_parameters") or {}, content.get(PIXELS) or {})
+    kept = content.get(PARTS, {}).get(VISION, content)
+    return Settings(content.get("hyper_parameters") or {}, kept.get(PIXELS) or {})
 
 
 def fill_data(config: Any, settings: Settings) -> None:
     """Give the image data what the config of a data module leaves open, in place; of a joint one to its vision part."""
     options, task = config.get("init_args") or {}, settings.task
-    if "vision" in options and isinstance(task.get("vision"), Mapping):
-        options, task = options["vision"].get("init_args") or {}, task["vision"]["options"]
+    if VISION in options and is_joint(task):
+        options, task = options[VISION].get("init_args") or {}, task[VISION]["options"]
     for name in OPEN_DATA:
         if name in options and options[name] is None:
             options[name] = task.get(name)

@@ -105,12 +105,15 @@ def load(checkpoint: str, modules: list[str], weights: str | None = None) -> tup
     from tasks import LanguageModeling, Task
     from tasks.gpt import check_tokenizer
 
+    from .checkpoint_reading import refuse_joint
     from .checkpoints import RunCheckpointIO
     from .cli import import_modules
     from .configs import load_config
     from .run_folder import CONFIG, TOKENIZER, checkpoint_path, run_of_checkpoint
 
     path = str(checkpoint_path(checkpoint, None))
+    content = RunCheckpointIO().load_checkpoint(path)
+    refuse_joint(content, path)
     run = run_of_checkpoint(path)
     if run is None:
         raise UserError(f"no {CONFIG} lies beside '{path}' to say how text becomes tokens; keep it in its run's folder")
@@ -127,7 +130,6 @@ def load(checkpoint: str, modules: list[str], weights: str | None = None) -> tup
         raise UserError(f"'{path}' is of {kind.__name__}, which writes no text; give one of LanguageModeling")
     if (run / TOKENIZER).is_file():
         data.tokenizer = open_tokenizer(str(run / TOKENIZER))
-    content = RunCheckpointIO().load_checkpoint(path)
     check_tokenizer(content, data.tokenizer, "the run's tokenizer")
     return _restored(kind, content, path, weights), data
 

@@ -193,6 +193,11 @@ def _sentence(error: Exception, options: list[Option], fragments: list[Fragment]
         return known
     if isinstance(error, MisconfigurationException):
         return ADVERTISEMENT.sub("", message)
+    if _while_loading(error) and "contains only the model" in message:
+        return (
+            "the checkpoint has weights but no state of training to go on from; start a new run with these weights: "
+            "--model.weights_from and its folder"
+        )
     if _while_loading(error):
         what = f"{type(error).__name__}: {message[:LONGEST_REASON]}"
         return f"the checkpoint cannot be loaded ({what}); it is damaged or of another program, so give another one"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint_reading import refuse_joint
 from .checkpoints import RunCheckpointIO
 from .errors import UserError
 from .feedforward import FeedForward, MixedLayer
@@ -205,6 +206,7 @@ def load_weights(net: nn.Module, source: str, left: tuple[str, ...] = ()) -> Pat
     if path is None:
         return Path(source)
     content = RunCheckpointIO().load_checkpoint(path)
+    refuse_joint(content, path)
     given = net_weights(content)  # those that the run evaluates
     own: dict[str, Tensor] = net.state_dict()
     given, own = ({n: t for n, t in side.items() if not n.startswith(left)} for side in (given, own))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moa_lightning import FFNConfig
 from moa_lightning.callbacks.common import domain_of
+from moa_lightning.checkpoint_reading import LANGUAGE, PARTS, VISION
 from moa_lightning.errors import UserError
 from moa_lightning.evaluation.token_classes import TokenClasses
 from moa_lightning.models import JointNet
@@ -31,7 +32,6 @@ from .base import Task, as_config
 from .language_modeling import LanguageModeling
 from .vision import SelfSupervised
 
-VISION, LANGUAGE = "vision", "language"
 Part = TypeVar("Part", bound=Task)
 
 
@@ -232,12 +232,22 @@ class Joint(Task):
         self._judged = set()
 
     def predict_step(self, *_: Any) -> None:
-        raise UserError("moa predict takes the samples of one task; a Joint run has two")
+        raise UserError(
+            "moa predict takes the samples of one task; make one of this joint run's a run of its own with moa export "
+            "--to run"
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The parts' options, with what was filled in since they were made."""
+        """The parts' options, with what was filled in since they were made, and what each would keep by itself."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["hyper_parameters"] |= {domain: _options(part) for domain, part in self.parts.items()}
+        checkpoint[PARTS] = {domain: {} for domain in self.parts}
+        for domain, part in self.parts.items():
+            part.on_save_checkpoint(checkpoint[PARTS][domain])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for domain, part in self.parts.items():
+            part.on_load_checkpoint(checkpoint.get(PARTS, {}).get(domain, {}))
 
     def mix_forward(self, batch: dict[str, Any]) -> None:
         def work() -> None:

@@ -2,16 +2,19 @@
 
 The checkpoint may be a file or shards. The file holds the net's tensors under their names in it, whole, and in its
 metadata the task and its hyper-parameters as JSON, from which the same net can be built again. No optimiser, no
-callbacks, nothing that could run code. `--to timm` writes the encoder alone, which timm loads (timm_export.py), and
-`--to hf` a folder that transformers loads, with the tokenizer (hub_export.py).
+callbacks, nothing that could run code. `--to timm` writes the encoder alone, which timm loads (timm_export.py),
+`--to hf` a folder that transformers loads, with the tokenizer (hub_export.py), and `--to run` one task of a joint run
+as a run of its own (part_export.py).
 """
 
 import json
 from pathlib import Path
 
+from ..checkpoint_reading import DOMAINS, refuse_joint
 from ..errors import UserError
 from ..generate import WEIGHTS_HELP
 from ..parser import Parser
+from .part_export import write_part
 
 
 def export_command(argv: list[str]) -> None:
@@ -19,18 +22,26 @@ def export_command(argv: list[str]) -> None:
     parser = Parser("moa export", description=__doc__.partition("\n")[0])
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run: a file or a folder of shards")
     parser.add_argument(
-        "--out", required=True, type=Path, help="file to write, for instance model.safetensors; a folder for hf"
+        "--out", required=True, type=Path, help="file to write, for instance model.safetensors; a folder for hf and run"
     )
     parser.add_argument(
         "--to",
-        choices=("safetensors", "timm", "hf"),
+        choices=("safetensors", "timm", "hf", "run"),
         default="safetensors",
         help="safetensors: the whole net in one file (default); timm: the encoder of MAE or DINO for timm; hf: a "
-        "folder for transformers, of a language model and its tokenizer",
+        "folder for transformers, of a language model and its tokenizer; run: one task of a joint run as its own run",
     )
+    parser.add_argument("--part", choices=DOMAINS, help="run: which task")
     parser.add_argument("--weights", choices=("average", "last"), help=WEIGHTS_HELP)
     parser.add_argument("--import", action="append", default=[], help="hf: Python module to import first")
     options = parser.parse_args(argv)
+    if options.part is not None and options.to != "run":
+        raise UserError(f"--part goes with --to run, not with --to {options.to}; leave it out")
+    if options.to == "run":
+        if options.weights is not None:
+            raise UserError("a joint run keeps no average of its weights; leave --weights out")
+        print(f"{options.out}: {write_part(options.ckpt_path, options.part, options.out)} tensors")
+        return
     if options.to == "hf":
         _export_to_hub(options.ckpt_path, options.out, options.weights, getattr(options, "import"))
         return
@@ -100,6 +111,7 @@ def export(checkpoint: str, out: Path, weights: str | None = None, for_timm: boo
     if for_timm:
         from .timm_export import encoder_of
 
+        refuse_joint(content, path)
         tensors, about, call = encoder_of(tensors, content["hyper_parameters"])
         metadata |= about
     try:

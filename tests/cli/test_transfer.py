@@ -57,7 +57,37 @@ def test_a_joint_fit_that_cannot_be_is_one_sentence(moa: Moa, line: str, words: 
     assert len(outcome.err.strip().splitlines()) == 1
 
 
-def test_a_joint_run_is_resumed_judged_and_exported(moa: Moa) -> None:
+def check_parts(moa: Moa) -> None:
+    """Each task of the joint run `both` as a run of its own: the same metrics, and all commands take it."""
+    assert moa("test --ckpt_path both/checkpoints/last.ckpt").code == 0
+    together = json.loads(Path("both/test.json").read_text())["metrics"]
+    for part in ("vision", "language"):
+        outcome = moa(f"export --to run --part {part} --ckpt_path both/checkpoints/last.ckpt --out {part}")
+        assert outcome.code == 0, outcome.err
+        assert moa(f"test --ckpt_path {part}/checkpoints/last.ckpt").code == 0
+        alone = json.loads(Path(f"{part}/test.json").read_text())["metrics"]
+        assert alone
+        for name, value in alone.items():
+            assert value == pytest.approx(together[f"{name}_{part}"], rel=1e-5), name
+    assert moa("generate --prompt def --ckpt_path language/checkpoints/last.ckpt --max_new_tokens 4").code == 0
+    assert moa("export --to hf --ckpt_path language/checkpoints/last.ckpt --out hub").code == 0
+    assert moa("export --to timm --ckpt_path vision/checkpoints/last.ckpt --out encoder.safetensors").code == 0
+    assert moa("predict --ckpt_path vision/checkpoints/last.ckpt").code == 0
+    for command, sentence in {
+        "generate --prompt def --ckpt_path both/checkpoints/last.ckpt": "make its task a run of its own",
+        "export --to timm --ckpt_path both/checkpoints/last.ckpt --out x": "is of a joint run",
+        "export --to run --ckpt_path both/checkpoints/last.ckpt --out x": "say which, --part vision or",
+        "export --to run --part vision --ckpt_path both/checkpoints/last.ckpt --out vision": "exists already",
+        "export --to run --part vision --ckpt_path vision/checkpoints/last.ckpt --out x": "is of one task",
+        "fit --run_dir vision --ckpt_path last --trainer.max_steps 6": "no state of training to go on from",
+        f"{TEXT} --model.weights_from both --run_dir x": "is of a joint run",
+    }.items():
+        outcome = moa(command)
+        assert (outcome.code, outcome.err.count("\n"), sentence in outcome.err) == (2, 1, True), outcome.err
+        assert not Path("x").exists()
+
+
+def test_a_joint_run_is_resumed_judged_and_exported(moa: Moa, words: None) -> None:
     small = (
         "-c configs/ffn/moa.yaml --model.vision.backbone_args.embed_dim 32 --model.vision.backbone_args.depth 1 "
         "--model.vision.decoder_dim 16 --model.language.gpt.dim 32 --model.language.gpt.depth 1 "
@@ -81,6 +111,7 @@ def test_a_joint_run_is_resumed_judged_and_exported(moa: Moa) -> None:
     assert moa("validate --ckpt_path both/checkpoints/last.ckpt").code == 0
     assert moa("export --ckpt_path both/checkpoints/last.ckpt --out both.safetensors").code == 0
     assert moa("report both").code == 0
+    check_parts(moa)
     outcome = moa("predict --ckpt_path both/checkpoints/last.ckpt")
     assert (outcome.code, "takes the samples of one task" in outcome.err) == (2, True)
     outcome = moa("validate --ckpt_path both/checkpoints/last.ckpt --freeze_gates 2")

@@ -1,0 +1,89 @@
+"""`moa export --to run`: one task of a joint run as the folder of a run of its own.
+
+In it are the settings that this task alone would have been trained with, its weights (of tied parameters the shared
+value) and what its checkpoint keeps, so every command takes it: test, predict, generate, export, a start for others. It
+has no state of an optimiser, from which training could go on.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint_reading import LANGUAGE, PARTS, is_joint
+from ..errors import UserError
+
+PARTIAL = ".partial"
+
+
+def write_part(checkpoint: str, domain: str | None, out: Path) -> int:
+    """Write the folder.
+
+    Args:
+        checkpoint: of a joint run, in its folder: a file or a folder of shards.
+        domain: "vision" or "language".
+        out: the new folder.
+
+    Returns:
+        Number of tensors.
+
+    Raises:
+        UserError: no such task in the checkpoint, no config beside it, or the folder cannot be written.
+    """
+    import torch
+    import yaml
+
+    from ..checkpoints import RunCheckpointIO, remove
+    from ..configs import load_config
+    from ..run_folder import CHECKPOINTS, CONFIG, LAST, TOKENIZER, checkpoint_path, run_of_checkpoint
+
+    if out.exists():
+        raise UserError(f"'{out}' exists already; remove it or choose another --out")
+    path = str(checkpoint_path(checkpoint, None))
+    content = RunCheckpointIO().load_checkpoint(path)
+    if not is_joint(content.get("hyper_parameters")):
+        raise UserError(f"'{path}' is of one task, whose run is its folder already; --to run is for joint runs")
+    if domain is None:
+        raise UserError("--to run writes one task of a joint run: say which, --part vision or --part language")
+    run = run_of_checkpoint(path)
+    if run is None:
+        raise UserError(f"no {CONFIG} lies beside '{path}' to say what its data are; keep it in its run's folder")
+    part = _part_of(content, domain)
+    config = _config_of(load_config(str(run / CONFIG)).content, domain, part["hyper_parameters"], str(run / CONFIG))
+    partial = out.with_name(out.name + PARTIAL)
+    try:
+        remove(partial)
+        (partial / CHECKPOINTS).mkdir(parents=True)
+        (partial / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        if domain == LANGUAGE and (run / TOKENIZER).is_file():
+            shutil.copyfile(run / TOKENIZER, partial / TOKENIZER)
+        torch.save(part, partial / CHECKPOINTS / LAST)
+        partial.rename(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"'{out}' cannot be written ({error}); choose another --out") from error
+    return len(part["state_dict"])
+
+
+def _part_of(content: dict[str, Any], domain: str) -> dict[str, Any]:
+    """The checkpoint that the task would have written, without the state of training."""
+    state = {}
+    for name, tensor in content["state_dict"].items():
+        for place, own in ((f"net.{domain}.", "net."), (f"{domain}.", "")):
+            if name.startswith(place):
+                state[own + name.removeprefix(place)] = tensor.clone()  # what is saved has memory of its own
+    kept = content.get(PARTS, {}).get(domain, {})
+    fields = {key: content[key] for key in ("epoch", "global_step", "pytorch-lightning_version") if key in content}
+    options = dict(content["hyper_parameters"][domain]["options"])
+    return {**fields, **kept, "state_dict": state, "hyper_parameters": options}
+
+
+def _config_of(whole: dict[str, Any], domain: str, options: dict[str, Any], name: str) -> dict[str, Any]:
+    """The config of a run with this task and its data alone."""
+    try:
+        task = whole["model"]["init_args"][domain]["class_path"]
+        data = whole["data"]["init_args"][domain]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"config file '{name}' names no {domain} task with its data; give a joint run's folder"
+        ) from error
+    return {**whole, "model": {"class_path": task, "init_args": options}, "data": data}
