@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ..checkpoint_reading import VISION
 from ..evaluation.linear import LinearProbe
 
 
@@ -74,7 +75,8 @@ class OnlineProbe(L.Callback):
         self._right = None
         counts = trainer.strategy.reduce(counts, reduce_op="sum")
         if counts[1] > 0:
-            pl_module.log(f"{split}/linear_top1", 100.0 * counts[0] / counts[1])
+            task = getattr(pl_module, "parts", {}).get(VISION, pl_module)  # of a joint run the one with images
+            task.log(f"{split}/linear_top1", 100.0 * counts[0] / counts[1])
 
     def _wake(self, pl_module: L.LightningModule) -> None:
         """Bring what a checkpoint held to the device."""

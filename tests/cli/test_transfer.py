@@ -102,7 +102,8 @@ def test_a_joint_run_is_resumed_judged_and_exported(moa: Moa, words: None) -> No
     assert outcome.code == 0, outcome.err
     result = json.loads(Path("both/result.json").read_text())
     assert (result["steps"], result["samples"], result["tokens"]) == (4, 40, 256)
-    names = {"val/loss_vision", "val/knn_top1_vision", "val/loss_language", "val/bits_per_byte_language"}
+    names = {"val/loss_vision", "val/knn_top1_vision", "val/linear_top1_vision"}
+    names |= {"val/loss_language", "val/bits_per_byte_language"}
     assert names <= result["metrics"].keys()
     mixes = {layer["module"] for layer in json.loads(Path("both/mixing.json").read_text())["layers"].values()}
     assert mixes >= {"vision.encoder.blocks.0.mlp.up_mix", "language.blocks.0.mlp.up_mix"}
