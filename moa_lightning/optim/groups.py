@@ -1,10 +1,11 @@
 """Which parameters decay and which do not.
 
 Weight decay belongs to matrices of the trunk. The coefficients of a mix (α, u, b) must not decay: learned activations
-have been judged weak because they were. They form a group of their own, with a learning-rate factor. Norms, biases,
-tokens, position tables and parameters of activations do not decay either; the learned norms of DINO's prototypes do, as
-in the official code. Of experts, which stack the parameters of several layers, each counts as what it is in one of
-them.
+have been judged weak because they were. They form a group of their own, with a learning-rate factor, or two: a step of
+Adam moves the logit u·x of a gate d times as far as it moves α, so α can bear a larger rate than the gates. Norms,
+biases, tokens, position tables and parameters of activations do not decay either; the learned norms of DINO's
+prototypes do, as in the official code. Of experts, which stack the parameters of several layers, each counts as what it
+is in one of them.
 
 Muon takes what the user's patterns name: matrices of the transformer's blocks. Embeddings, output matrices, routers,
 and the gates and coefficients of mixes are none of them.
@@ -30,34 +31,40 @@ def parameter_groups(
     weight_decay: float,
     mixing_factor: float,
     muon: Sequence[str] = (),
+    gate_factor: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters as the optimiser groups "muon", "decay", "no_decay" and "mixing"; empty ones are left out.
+    """Trainable parameters as the optimiser groups "muon", "decay", "no_decay", "mixing" and "gates"; empty ones are
+    left out.
 
     Args:
         learning_rate: of the trunk.
         weight_decay: of the group "decay".
         mixing_factor: multiplies the learning rate of the coefficients of mixes.
         muon: patterns (as of file names) for the names of the matrices in "muon".
+        gate_factor: that of the gates of mixes (u, b); None: they are in the group of the coefficients.
 
     Raises:
         UserError: a pattern matches nothing, or what is no matrix of a block.
     """
-    mixing = {id(p) for m in net.modules() if isinstance(m, MixCoefficients) for p in m.parameters(recurse=False)}
+    mixes = [module for module in net.modules() if isinstance(module, MixCoefficients)]
+    mixing = {id(p) for mix in mixes for p in mix.parameters(recurse=False)}
+    gates = {id(p) for mix in mixes for p in (mix.gate_weight, mix.gate_bias) if gate_factor is not None}
     stacked = {id(p) for m in net.modules() if isinstance(m, Experts) for p in m.parameters()}
     orthogonal = _matched(net, muon, mixing, stacked)
-    names: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": [], "mixing": []}
+    names: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": [], "mixing": [], "gates": []}
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in mixing:
-            names["mixing"].append(parameter)
+            names["gates" if id(parameter) in gates else "mixing"].append(parameter)
         elif id(parameter) in orthogonal:
             names["muon"].append(parameter)
         elif _axes(parameter, stacked) < 2 or name.endswith(("_token", "pos_embed")):
             names["no_decay"].append(parameter)
         else:
             names["decay"].append(parameter)
-    rates = {name: learning_rate * (mixing_factor if name == "mixing" else 1.0) for name in names}
+    factors = {"mixing": mixing_factor, "gates": mixing_factor if gate_factor is None else gate_factor}
+    rates = {name: learning_rate * factors.get(name, 1.0) for name in names}
     decays = {name: weight_decay if name in DECAYING else 0.0 for name in names}
     return [
         {"params": params, "name": name, "lr": rates[name], "weight_decay": decays[name]}

@@ -45,6 +45,8 @@ class OptimizerConfig:
     """added to the root of the second moment"""
     mixing_lr_factor: float = 1.0
     """learning rate of the coefficients of mixes, in units of lr"""
+    gate_lr_factor: float | None = None
+    """that of the gates of MoA (u, b), in units of lr; null: as mixing_lr_factor"""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """shape after the warm-up"""
     warmup_steps: int | None = 50
@@ -83,7 +85,7 @@ class OptimizerConfig:
             raise UserError(f"optimizer.reference_batch is {self.reference_batch}; give a number of samples, or null")
         if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
             raise UserError(f"optimizer.warmup_fraction is {self.warmup_fraction}; give a share from 0 to below 1")
-        for name in ("weight_decay", "warmup_steps", "mixing_lr_factor", "final_lr_factor"):
+        for name in ("weight_decay", "warmup_steps", "mixing_lr_factor", "gate_lr_factor", "final_lr_factor"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise UserError(f"optimizer.{name} is {value} but must not be negative")
@@ -249,7 +251,8 @@ def apply_group_options(schedule: torch.optim.lr_scheduler.LambdaLR, settings: G
 def _groups(part: Optimized) -> list[dict[str, Any]]:
     net, config, rates = part
     patterns = config.muon_parameters if config.name == "muon" else ()
-    groups = parameter_groups(net, config.lr, config.weight_decay, config.mixing_lr_factor, patterns)
+    factors = config.mixing_lr_factor, config.gate_lr_factor
+    groups = parameter_groups(net, config.lr, config.weight_decay, factors[0], patterns, factors[1])
     groups = [{**group, "momentum": config.momentum} if group["name"] == "muon" else group for group in groups]
     return groups if rates is None else scale_rates(net, groups, rates)
 

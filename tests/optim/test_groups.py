@@ -124,6 +124,19 @@ def test_mixes_have_a_learning_rate_of_their_own() -> None:
     assert rates == {"decay": 1e-3, "no_decay": 1e-3, "mixing": pytest.approx(4e-3)}
 
 
+def test_gates_have_a_learning_rate_of_their_own_where_one_is_given() -> None:
+    net = gpt(FFNConfig("moa", gate_bias=True))
+    groups = {group["name"]: group for group in parameter_groups(net, 1e-3, 0.1, 4.0, (), 0.5)}
+    rates = {name: group["lr"] for name, group in groups.items()}
+    assert rates == pytest.approx({"decay": 1e-3, "no_decay": 1e-3, "mixing": 4e-3, "gates": 5e-4})
+    assert groups["gates"]["weight_decay"] == 0.0
+    names = {id(parameter): name.rpartition(".")[2] for name, parameter in net.named_parameters()}
+    found = {name: {names[id(p)] for p in groups[name]["params"]} for name in ("mixing", "gates")}
+    assert found == {"mixing": {"base"}, "gates": {"gate_weight", "gate_bias"}}
+    plain = {group["name"]: group["lr"] for group in parameter_groups(gpt(FFNConfig("la")), 1e-3, 0.1, 4.0, (), 0.5)}
+    assert plain == pytest.approx({"decay": 1e-3, "no_decay": 1e-3, "mixing": 4e-3})
+
+
 def test_without_a_gradient_only_what_decays_shrinks() -> None:
     """AdamW on zero gradients multiplies by 1 - lr · decay; a second witness that coefficients do not decay."""
     net = gpt(FFNConfig("moa"))

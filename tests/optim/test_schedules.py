@@ -152,6 +152,7 @@ def test_a_cosine_stays_at_its_ends_outside_the_run() -> None:
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"warmup_steps": -1}, "warmup_steps"),
         ({"mixing_lr_factor": -1.0}, "mixing_lr_factor"),
+        ({"gate_lr_factor": -1.0}, "gate_lr_factor"),
         ({"final_lr_factor": -0.1}, "final_lr_factor"),
         ({"decay_fraction": 0.0}, "decay_fraction"),
         ({"decay_fraction": 1.5}, "decay_fraction"),
