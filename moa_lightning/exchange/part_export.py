@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint_reading import LANGUAGE, PARTS, is_joint
+from ..checkpoint_reading import LANGUAGE, PARTS, VISION, is_joint
 from ..errors import UserError
 
 PARTIAL = ".partial"
+PROBE = "OnlineProbe"  # the callback whose state judges images
 
 
 def write_part(checkpoint: str, domain: str | None, out: Path) -> int:
@@ -58,7 +59,7 @@ def write_part(checkpoint: str, domain: str | None, out: Path) -> int:
             shutil.copyfile(run / TOKENIZER, partial / TOKENIZER)
         torch.save(part, partial / CHECKPOINTS / LAST)
         partial.rename(out)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's writer makes a full disk a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"'{out}' cannot be written ({error}); choose another --out") from error
     return len(part["state_dict"])
@@ -74,7 +75,8 @@ def _part_of(content: dict[str, Any], domain: str) -> dict[str, Any]:
     kept = content.get(PARTS, {}).get(domain, {})
     fields = {key: content[key] for key in ("epoch", "global_step", "pytorch-lightning_version") if key in content}
     options = dict(content["hyper_parameters"][domain]["options"])
-    return {**fields, **kept, "state_dict": state, "hyper_parameters": options}
+    probe = {name: saved for name, saved in content.get("callbacks", {}).items() if (domain, name) == (VISION, PROBE)}
+    return {**fields, **kept, "state_dict": state, "hyper_parameters": options, "callbacks": probe}
 
 
 def _config_of(whole: dict[str, Any], domain: str, options: dict[str, Any], name: str) -> dict[str, Any]:

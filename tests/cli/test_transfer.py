@@ -66,7 +66,7 @@ def check_parts(moa: Moa) -> None:
         assert outcome.code == 0, outcome.err
         assert moa(f"test --ckpt_path {part}/checkpoints/last.ckpt").code == 0
         alone = json.loads(Path(f"{part}/test.json").read_text())["metrics"]
-        assert alone
+        assert {f"{name}_{part}" for name in alone} == {name for name in together if name.endswith(part)}
         for name, value in alone.items():
             assert value == pytest.approx(together[f"{name}_{part}"], rel=1e-5), name
     assert moa("generate --prompt def --ckpt_path language/checkpoints/last.ckpt --max_new_tokens 4").code == 0
