@@ -127,10 +127,19 @@ class JsonTokenizer:
         return {**json.loads(self.library.to_str()), "post_processor": None}
 
 
-@lru_cache(maxsize=8)
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a name: "bytes", or the path of a tokenizer.json. Errors as in `JsonTokenizer`."""
-    return ByteTokenizer() if name == BYTES else JsonTokenizer(name)
+    """The tokenizer of a name: "bytes", or the path of a tokenizer.json. Errors as in `JsonTokenizer`. A file is read
+    once, and anew where it has changed."""
+    path = Path(name)
+    if name == BYTES or not path.is_file():
+        return ByteTokenizer() if name == BYTES else JsonTokenizer(name)
+    state = path.stat()
+    return _read_once(name, path.resolve(), (state.st_ino, state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=8)
+def _read_once(name: str, path: Path, state: tuple[int, ...]) -> Tokenizer:
+    return JsonTokenizer(name)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:

@@ -93,9 +93,8 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def is_joint(settings: Any) -> bool:
     """Whether a checkpoint's hyper-parameters are those of two tasks."""
-    return isinstance(settings, Mapping) and all(
-        isinstance(settings.get(domain), Mapping) and "options" in settings[domain] for domain in DOMAINS
-    )
+    part = settings.get(VISION) if isinstance(settings, Mapping) else None
+    return isinstance(part, Mapping) and "options" in part
 
 
 def refuse_joint(content: Mapping[str, Any], path: object) -> None:

@@ -17,7 +17,7 @@ from data.documents import PIECE, cut_place
 from data.sources import Bad, documents
 from data.token_files import HEADER_BYTES, find_tokens
 from data.token_writer import train_tokenizer, write_tokens
-from data.tokenizer import END_OF_TEXT, open_tokenizer
+from data.tokenizer import END_OF_TEXT, open_tokenizer, train_bpe
 from moa_lightning.errors import UserError
 from tests.data.test_shards import write_tar
 
@@ -67,6 +67,20 @@ def test_a_tokenizer_gives_back_the_text_and_its_bytes(bpe, tmp_path, kind):
         library = Tokenizer.from_file(bpe)
         assert module.encode(TEXT) == library.encode(TEXT).ids
         assert len(module.encode(TEXT)) < len(TEXT.encode()) / 2
+
+
+def test_a_tokenizer_is_read_once_and_anew_where_its_file_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One relative name in two folders, and a file that is written again."""
+    for folder, size in (("a", 258), ("b", 259)):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        train_bpe(["ab ab ab abc abc abc"], size).save("t.json")
+        assert len(open_tokenizer("t.json").pieces) == size
+    assert open_tokenizer("t.json") is open_tokenizer("t.json")
+    train_bpe(["ab ab ab abc abc abc"], 258).save("t.json")
+    assert len(open_tokenizer("t.json").pieces) == 258
 
 
 def test_a_tokenizer_of_sentence_pieces_kind(tmp_path):
