@@ -15,9 +15,8 @@ from data.base import DataModule, Samples
 from data.image_base import ImageModule
 from data.sampling import StreamBatches
 from data.text import TextModule
+from moa_lightning.checkpoint_reading import LANGUAGE, VISION
 from moa_lightning.errors import UserError
-
-VISION, LANGUAGE = "vision", "language"
 
 
 class Joint(DataModule):

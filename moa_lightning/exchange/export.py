@@ -40,6 +40,7 @@ def export_command(argv: list[str]) -> None:
     if options.to == "run":
         if options.weights is not None:
             raise UserError("a joint run keeps no average of its weights; leave --weights out")
+        _refuse(options.out)
         print(f"{options.out}: {write_part(options.ckpt_path, options.part, options.out)} tensors")
         return
     if options.to == "hf":

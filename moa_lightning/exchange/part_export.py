@@ -12,7 +12,6 @@ from typing import Any
 from ..checkpoint_reading import LANGUAGE, PARTS, VISION, is_joint
 from ..errors import UserError
 
-PARTIAL = ".partial"
 PROBE = "OnlineProbe"  # the callback whose state judges images
 
 
@@ -22,7 +21,7 @@ def write_part(checkpoint: str, domain: str | None, out: Path) -> int:
     Args:
         checkpoint: of a joint run, in its folder: a file or a folder of shards.
         domain: "vision" or "language".
-        out: the new folder.
+        out: the new folder, or an empty one.
 
     Returns:
         Number of tensors.
@@ -30,17 +29,17 @@ def write_part(checkpoint: str, domain: str | None, out: Path) -> int:
     Raises:
         UserError: no such task in the checkpoint, no config beside it, or the folder cannot be written.
     """
-    import torch
     import yaml
 
-    from ..checkpoints import RunCheckpointIO, remove
+    from data.writers import new_folder, writing
+
+    from ..checkpoints import RunCheckpointIO
     from ..configs import load_config
     from ..run_folder import CHECKPOINTS, CONFIG, LAST, TOKENIZER, checkpoint_path, run_of_checkpoint
 
-    if out.exists():
-        raise UserError(f"'{out}' exists already; remove it or choose another --out")
     path = str(checkpoint_path(checkpoint, None))
-    content = RunCheckpointIO().load_checkpoint(path)
+    files = RunCheckpointIO()
+    content = files.load_checkpoint(path)
     if not is_joint(content.get("hyper_parameters")):
         raise UserError(f"'{path}' is of one task, whose run is its folder already; --to run is for joint runs")
     if domain is None:
@@ -50,18 +49,13 @@ def write_part(checkpoint: str, domain: str | None, out: Path) -> int:
         raise UserError(f"no {CONFIG} lies beside '{path}' to say what its data are; keep it in its run's folder")
     part = _part_of(content, domain)
     config = _config_of(load_config(str(run / CONFIG)).content, domain, part["hyper_parameters"], str(run / CONFIG))
-    partial = out.with_name(out.name + PARTIAL)
-    try:
-        remove(partial)
-        (partial / CHECKPOINTS).mkdir(parents=True)
-        (partial / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
-        if domain == LANGUAGE and (run / TOKENIZER).is_file():
-            shutil.copyfile(run / TOKENIZER, partial / TOKENIZER)
-        torch.save(part, partial / CHECKPOINTS / LAST)
-        partial.rename(out)
-    except (OSError, RuntimeError) as error:  # torch's writer makes a full disk a RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"'{out}' cannot be written ({error}); choose another --out") from error
+    with new_folder(str(out)) as folder:
+        with writing(str(out)):
+            (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+            if domain == LANGUAGE and (run / TOKENIZER).is_file():
+                shutil.copyfile(run / TOKENIZER, folder / TOKENIZER)
+        files.save_checkpoint(part, folder / CHECKPOINTS / LAST)
+        files.teardown()  # waits until it is on the disk
     return len(part["state_dict"])
 
 
@@ -71,7 +65,7 @@ def _part_of(content: dict[str, Any], domain: str) -> dict[str, Any]:
     for name, tensor in content["state_dict"].items():
         for place, own in ((f"net.{domain}.", "net."), (f"{domain}.", "")):
             if name.startswith(place):
-                state[own + name.removeprefix(place)] = tensor.clone()  # what is saved has memory of its own
+                state[own + name.removeprefix(place)] = tensor
     kept = content.get(PARTS, {}).get(domain, {})
     fields = {key: content[key] for key in ("epoch", "global_step", "pytorch-lightning_version") if key in content}
     options = dict(content["hyper_parameters"][domain]["options"])

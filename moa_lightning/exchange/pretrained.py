@@ -22,7 +22,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from ..checkpoint_reading import is_joint
+from ..checkpoint_reading import VISION, is_joint
 from ..checkpoints import RunCheckpointIO
 from ..errors import UserError
 from ..feedforward import FeedForward, MixedLayer
@@ -130,7 +130,7 @@ def read_weights(path: str) -> Weights:
 def _ffn(settings: Any) -> dict[str, Any] | None:
     """The encoder's feed-forward options in what a file says of its net; of a joint run the vision task's."""
     settings = settings if isinstance(settings, dict) else {}
-    found = (settings["vision"]["options"] if is_joint(settings) else settings).get("ffn")
+    found = (settings[VISION]["options"] if is_joint(settings) else settings).get("ffn")
     return found if isinstance(found, dict) else None
 
 
