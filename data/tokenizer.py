@@ -130,9 +130,11 @@ class JsonTokenizer:
 def open_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a name: "bytes", or the path of a tokenizer.json. Errors as in `JsonTokenizer`. A file is read
     once, and anew where it has changed."""
+    if name == BYTES:
+        return ByteTokenizer()
     path = Path(name)
-    if name == BYTES or not path.is_file():
-        return ByteTokenizer() if name == BYTES else JsonTokenizer(name)
+    if not path.is_file():
+        return JsonTokenizer(name)  # which says what is wrong
     state = path.stat()
     return _read_once(name, path.resolve(), (state.st_ino, state.st_mtime_ns, state.st_size))
 

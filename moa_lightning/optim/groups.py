@@ -2,8 +2,8 @@
 
 Weight decay belongs to matrices of the trunk. The coefficients of a mix (α, u, b) must not decay: learned activations
 have been judged weak because they were. They form a group of their own, with a learning-rate factor, or two: a step of
-Adam moves the logit u·x of a gate d times as far as it moves α, so α can bear a larger rate than the gates. Norms,
-biases, tokens, position tables and parameters of activations do not decay either; the learned norms of DINO's
+Adam moves the logit u·x of a gate up to |x|_1 times as far as it moves α, so α can bear a larger rate than the gates.
+Norms, biases, tokens, position tables and parameters of activations do not decay either; the learned norms of DINO's
 prototypes do, as in the official code. Of experts, which stack the parameters of several layers, each counts as what it
 is in one of them.
 

@@ -251,8 +251,8 @@ def apply_group_options(schedule: torch.optim.lr_scheduler.LambdaLR, settings: G
 def _groups(part: Optimized) -> list[dict[str, Any]]:
     net, config, rates = part
     patterns = config.muon_parameters if config.name == "muon" else ()
-    factors = config.mixing_lr_factor, config.gate_lr_factor
-    groups = parameter_groups(net, config.lr, config.weight_decay, factors[0], patterns, factors[1])
+    mixing, gates = config.mixing_lr_factor, config.gate_lr_factor
+    groups = parameter_groups(net, config.lr, config.weight_decay, mixing, patterns, gates)
     groups = [{**group, "momentum": config.momentum} if group["name"] == "muon" else group for group in groups]
     return groups if rates is None else scale_rates(net, groups, rates)
 
