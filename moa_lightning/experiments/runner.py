@@ -134,7 +134,7 @@ class _Work:
                 self.progress.started(run, resumed=True)
             while True:
                 waiting = self.ready(self.waiting(under_way, failures))
-                self.progress.ahead(waiting, self.schedule.total() - len(self.finished))
+                self.progress.ahead(waiting, self.schedule.total() - len(self.finished) - len(failures))
                 if not waiting and not under_way:
                     return [*failures, *self.left(failures)]
                 under_way += self.start(waiting[: max(0, self.executor.room())])

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,7 @@ def test_a_failed_run_stops_no_other_and_is_reported(ablate: Ablate, make_grid: 
     assert f"FAILED language/raises/seed1: RuntimeError: the loss is [nan] ({log})" in done.output
     assert "FAILED language/killed/seed0: ended by SIGKILL; last line: a first line" in done.output
     assert "FAILED language/silent/seed0: ended without a result" in done.output
+    assert set(re.findall(r"^\[\d+/(\d+)\]", done.output, re.MULTILINE)) == {"8"}, "a failed run counts once"
     assert finished(tmp_path) == {"language/gelu/seed0", "language/gelu/seed1"}
     table = (tmp_path / "out/table.md").read_text()
     assert "not decided: 0 of 2 pairs |  | 0 of 2 |" in table
