@@ -70,8 +70,9 @@ class DINO(SelfSupervised):
             recipe for ImageNet-1k); 1: all alike.
         patch_embed_rate: of the patch embedding, in units of what its layer has (0.2 in DINOv2).
         final_weight_decay: weight decay at the end of the run, reached along a cosine; None: constant.
-        backbone_weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa
-            export wrote, or a file of timm's, MAE's or DINO's own weights. None: from scratch.
+        backbone_weights: what the encoder starts from: a run's folder or a checkpoint of MAE, DINO or
+            ImageClassification, what moa export wrote, or a file of timm's, MAE's or DINO's own weights. None: from
+            scratch.
         optimizer: AdamW or Muon, and the schedule; its warmup_steps None: a tenth of the run.
         image_size: pixels of the global crops; None: the data's.
         channels: of the images; None: the data's.

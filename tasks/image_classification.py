@@ -7,7 +7,6 @@ layer to layer, drop path, label smoothing, mixup or cutmix of every batch, rand
 process draws one mix a batch, so with mixup or cutmix runs on other numbers of devices differ.
 """
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,9 +20,10 @@ from torchmetrics import MeanMetric
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.evaluation.token_classes import TokenClasses
-from moa_lightning.exchange.pretrained import load_encoder
+from moa_lightning.exchange.pretrained import load_encoder, no_weights
 from moa_lightning.models import ImageClassifier
 from moa_lightning.optim import OptimizerConfig
+from moa_lightning.run_folder import given_checkpoint
 
 from .base import Recompute, Task, as_config
 from .fine_tuning import check_labelled, check_layer_decay, check_shares
@@ -39,8 +39,9 @@ class ImageClassification(Task):
         backbone: timm model name.
         backbone_args: options for timm (embed_dim, depth, num_heads, patch_size, ...).
         ffn: feed-forward layers; LA and MoA may start from weights with a fixed activation.
-        backbone_weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa
-            export wrote, or a file of timm's, MAE's or DINO's own weights. None: from scratch.
+        backbone_weights: what the encoder starts from: a run's folder or a checkpoint of MAE, DINO or
+            ImageClassification, what moa export wrote, or a file of timm's, MAE's or DINO's own weights. None: from
+            scratch.
         pool: what the head reads: "avg" (mean over patches, as MAE fine-tunes) or "token" (class token).
         drop_path_rate: at the last block, rising linearly over the blocks.
         layer_decay: each layer learns at this share of the rate of the layer above; 1: all alike.
@@ -113,7 +114,7 @@ class ImageClassification(Task):
             h["drop_path_rate"],
             seed,
         )
-        if h["backbone_weights"] is not None and Path(h["backbone_weights"]).exists():
+        if h["backbone_weights"] is not None and given_checkpoint(h["backbone_weights"]) is not None:
             self.starts = [load_encoder(net.vit, h["backbone_weights"])]
         return net
 
@@ -166,8 +167,8 @@ class ImageClassification(Task):
         super().on_train_start()
         check_labelled(self, "image")
         weights = self.hparams["backbone_weights"]
-        if self.global_step == 0 and weights is not None and not Path(weights).exists():
-            raise UserError(f"model.backbone_weights: there is no '{weights}'; name a checkpoint or a file of weights")
+        if self.global_step == 0 and weights is not None and given_checkpoint(weights) is None:
+            raise UserError(no_weights(weights))
 
     def learning_rates(self) -> dict[str, float] | None:
         decay = self.hparams["layer_decay"]

@@ -31,8 +31,9 @@ class MAE(SelfSupervised):
         mask_ratio: share of patches hidden.
         normalize_pixels: predict pixels standardised per patch.
         decoder_dim, decoder_depth, decoder_heads: size of the decoder.
-        backbone_weights: what the encoder starts from: a checkpoint of MAE, DINO or ImageClassification, what moa
-            export wrote, or a file of timm's, MAE's or DINO's own weights. None: from scratch.
+        backbone_weights: what the encoder starts from: a run's folder or a checkpoint of MAE, DINO or
+            ImageClassification, what moa export wrote, or a file of timm's, MAE's or DINO's own weights. None: from
+            scratch.
         optimizer: AdamW or Muon, and the schedule.
         image_size: pixels; None: the data's.
         channels: of the images; None: the data's.

@@ -5,7 +5,6 @@ The data module's evaluation loaders are [bank, query]: labelled training images
 classify.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from moa_lightning.errors import UserError
 from moa_lightning.evaluation import FeatureSpectrum, KNNAccuracy
 from moa_lightning.evaluation.pictures import attention_rows, cells, framed, nearest, patch_colours, resized
 from moa_lightning.evaluation.token_classes import TokenClasses, patch_classes
-from moa_lightning.exchange.pretrained import load_encoder
+from moa_lightning.exchange.pretrained import load_encoder, no_weights
 from moa_lightning.models.attention import look
 from moa_lightning.models.vit import is_plain
+from moa_lightning.run_folder import given_checkpoint
 
 from .base import Task
 
@@ -52,7 +52,7 @@ class SelfSupervised(Task):
         """Put `backbone_weights` into vision transformers, in place. A file that is gone is only noted: a run that goes
         on, or is evaluated, has its weights in its checkpoint."""
         file = self.hparams["backbone_weights"]
-        self.missing_weights = None if file is None or Path(file).exists() else file
+        self.missing_weights = None if file is None or given_checkpoint(file) is not None else file
         if file is not None and self.missing_weights is None:
             self.starts = [load_encoder(encoder, file) for encoder in encoders][:1]
 
@@ -60,7 +60,7 @@ class SelfSupervised(Task):
         super().on_train_start()
         if self.global_step == 0 and self.missing_weights is not None:
             file = self.missing_weights
-            raise UserError(f"model.backbone_weights: there is no '{file}'; name a checkpoint or a file of weights")
+            raise UserError(no_weights(file))
 
     def features(self, images: Tensor) -> Tensor:
         """Frozen features of images (B, C, H, W) -> (B, D)."""

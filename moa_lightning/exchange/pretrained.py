@@ -27,7 +27,7 @@ from ..checkpoints import RunCheckpointIO
 from ..errors import UserError
 from ..feedforward import FeedForward, MixedLayer
 from ..mixing import FixedActivation, MixCoefficients
-from ..run_folder import checkpoint_path
+from ..run_folder import given_checkpoint
 from ..transplants import own_starts
 from .timm_models import HEADS
 
@@ -101,13 +101,20 @@ def _activations(vit: Any, tensors: Mapping[str, Tensor], ffn: dict[str, Any] | 
     return {"activation": assumed}, f", which does not say its activation: {assumed} is assumed, as timm's model has it"
 
 
+def no_weights(path: str) -> str:
+    """What is wrong with `backbone_weights` that name nothing, or a run that has not saved."""
+    return f"model.backbone_weights: there is no '{path}' that holds weights; name a run that has saved, or a file"
+
+
 def read_weights(path: str) -> Weights:
-    """The tensors of a file by name, and what it says of the feed-forward layers.
+    """The tensors of a file, or of a run's last checkpoint, by name, and what it says of the feed-forward layers.
 
     Raises:
         UserError: it cannot be read.
     """
-    place = Path(str(checkpoint_path(path, None)))
+    place = given_checkpoint(path)
+    if place is None:
+        raise UserError(no_weights(path))
     if place.suffix == ".safetensors":
         try:
             with safe_open(place, "pt") as file:

@@ -60,8 +60,8 @@ def test_a_run_is_probed_and_fine_tuned(moa: Moa) -> None:
     assert "test/feature_rank" in outcome.out
 
     tuned = moa(
-        f"fit -c configs/vision/finetune_tiny.yaml -c configs/data/mnist5k.yaml -c configs/trainer/cpu.yaml "
-        f"--model.backbone_weights {last} --model.backbone_args.depth 1 --data.batch_size 8 --data.max_val_samples 8 "
+        "fit -c configs/vision/finetune_tiny.yaml -c configs/data/mnist5k.yaml -c configs/trainer/cpu.yaml "
+        "--model.backbone_weights run --model.backbone_args.depth 1 --data.batch_size 8 --data.max_val_samples 8 "
         "--trainer.max_steps 2 --run_dir tuned"
     )
     assert (tuned.code, tuned.err) == (0, "")

@@ -163,6 +163,9 @@ def test_it_starts_from_a_run_and_goes_on_without_it(kind: str, tmp_path: Path) 
     ImageClassification.load_from_checkpoint(tmp_path / "tuned.ckpt", weights_only=True).configure_model()
     with pytest.raises(UserError, match=r"model\.backbone_weights: there is no .*pretrained\.ckpt"):
         trainer(1, tmp_path).fit(classification(backbone_weights=str(path)), datamodule=digits())
+    (tmp_path / "unsaved/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"model\.backbone_weights: there is no .*unsaved"):
+        trainer(1, tmp_path).fit(classification(backbone_weights=str(tmp_path / "unsaved")), datamodule=digits())
 
 
 def test_a_resumed_run_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
