@@ -64,14 +64,6 @@ def pilot_of_grid(runs: Mapping[str, Mapping[int, float]]) -> Pilot:
     return Pilot(math.sqrt(2 * float((residuals**2).sum()) / df), df)
 
 
-def upper_sd(pilot: Pilot, confidence: float = 0.8) -> float:
-    """The sd that the true one is below with this confidence (chi-square).
-
-    To plan with it (`seeds_needed`) promises the power in that share of pilots, and more than it on average.
-    """
-    return pilot.sd * math.sqrt(pilot.df / float(chi2.ppf(1 - confidence, pilot.df)))
-
-
 def power(n: int, effect: float, sd: float, alpha: float = ALPHA) -> float:
     """Chance that the two-sided paired t-test of n seeds finds a true mean difference of `effect`.
 

@@ -84,7 +84,7 @@ def _plans(schedule: Schedule) -> list[Block]:
         if plan is not None:
             runs = len(schedule.seeds(task))
             asked = f"{MOST_SEEDS:,} or more" if plan.needed >= MOST_SEEDS else str(plan.needed)
-            enough = "" if plan.needed <= runs else "fewer than asked for: see `detectable`"
+            enough = "" if plan.needed <= runs else "fewer than asked for: see the column detectable"
             lines.append([task.name, f"{task.effect:g}", f"{plan.sd:.2g}", asked, str(runs), enough])
     if not lines:
         return []
