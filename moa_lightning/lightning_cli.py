@@ -130,6 +130,9 @@ class MoaCLI(LightningCLI):
         trainer: L.Trainer | None = getattr(self, "trainer", None)
         launcher = None if trainer is None else trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
+            launched = list(launcher.procs)
+            launcher.procs.clear()  # the launcher's observer has this list: it kills this process for a child that died
+            launcher.procs = launched
             launcher.kill(signal.SIGKILL)  # they may wait for this one in a collective call, which SIGTERM cannot end
         trial = trainer is not None and trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.guard is not None and (trainer is None or trial or trainer.global_step <= self.first_step):

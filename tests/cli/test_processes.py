@@ -27,8 +27,16 @@ def test_two_processes_share_one_folder(words: None) -> None:
     assert [path.name for path in Path().iterdir() if path.is_dir()] == ["run"]
 
 
+# the first process ends later than the other by more than Lightning's launcher waits until it kills what is left
+LATE = """import atexit, os, time
+if "LOCAL_RANK" not in os.environ:
+    atexit.register(time.sleep, 20)
+"""
+
+
 def test_a_mistake_in_both_processes_is_said_once(words: None) -> None:
-    outcome = command(f"{TWO} --data.batch_size 5")  # seen in setup, when both are up
+    Path("sitecustomize.py").write_text(LATE)
+    outcome = command(f"{TWO} --data.batch_size 5", PYTHONPATH=str(Path.cwd()))  # seen in setup, when both are up
     assert outcome.returncode == 2
     assert outcome.stderr.splitlines() == [
         "moa: batch_size is 5, the number of samples over all devices, and does not divide among 2 devices: "

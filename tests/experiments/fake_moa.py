@@ -49,14 +49,14 @@ def main(arguments: list[str]) -> int:
         folder = Path(options.ckpt_path).parents[1]
         journal(folder, folder / "journal.txt", "tested")
         value = json.loads((folder / "result.json").read_text())["metrics"]["val/loss"] + 1
-        (folder / "test.json").write_text(json.dumps({"metrics": {"test/loss": value}}))
+        write_whole(folder / "test.json", json.dumps({"metrics": {"test/loss": value}}))
         return 0
     if options.command == "validate":
         folder = Path(options.ckpt_path).parents[1]
         journal(folder, folder / "journal.txt", f"held over {options.freeze_gates}")
         trained = json.loads((folder / "result.json").read_text())["metrics"]["val/loss"]
         held = {"trained": {"val/loss": trained}, "held": {"val/loss": trained + 0.25 + 0.01 * int(folder.name[4:])}}
-        (folder / "held_gates.json").write_text(json.dumps(held))
+        write_whole(folder / "held_gates.json", json.dumps(held))
         return 0
     folder = options.run_dir
     checkpoint = folder / "checkpoints" / "last.ckpt"
@@ -84,8 +84,15 @@ def main(arguments: list[str]) -> int:
     if not options.silent:
         result = {"metrics": metrics, "parameters": 1000, "steps": options.steps, "samples": 8 * options.steps}
         result |= {"tokens": None, "seconds": 0.5 * options.steps, "task": "Fake", "seed": options.seed_everything}
-        (folder / "result.json").write_text(json.dumps(result))
+        write_whole(folder / "result.json", json.dumps(result))
     return 0
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there with all its text or not at all, whenever the process is killed."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(text)
+    os.replace(draft, path)
 
 
 def journal(folder: Path, path: Path, event: str) -> None:
@@ -104,9 +111,7 @@ def train(options: argparse.Namespace, folder: Path, checkpoint: Path, begin: in
             value = loss(step, options.seed_everything, quality)
             writer.writerow([step, 8 * step, "", 0.5 * step, value, value if step % 2 == 0 else ""])
             file.flush()
-            draft = checkpoint.with_suffix(".draft")
-            draft.write_text(str(step))
-            os.replace(draft, checkpoint)
+            write_whole(checkpoint, str(step))
 
 
 if __name__ == "__main__":

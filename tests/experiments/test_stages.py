@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.experiments import fake_moa
 from tests.experiments.conftest import Ablate
-from tests.experiments.test_ablate import begun, results
+from tests.experiments.test_ablate import begun, results, wait_for
 
 MakeGrid = Callable[..., Path]
 TUNE = {"seeds": [100], "options": {"rate": [0.005, 0.01, 0.02]}}
@@ -125,9 +125,12 @@ def test_a_grid_killed_ten_times_ends_with_the_same_table(
 ) -> None:
     path = tuned_grid(make_grid, tmp_path, seconds=0.4)
     draw = random.Random(0)
-    for _ in range(10):
+    for attempt in range(10):
+        before = len(begun(tmp_path))
         with subprocess.Popen([sys.executable, fake_moa.__file__, path], stdout=subprocess.DEVNULL) as grid:
-            time.sleep(draw.uniform(0.6, 3.0))
+            if attempt % 3:  # after a run has begun; else at any time of the start as well
+                wait_for(lambda: len(begun(tmp_path)) > before)  # noqa: B023 - called here
+            time.sleep(draw.uniform(0.0, 1.5))
             grid.send_signal(signal.SIGKILL)
             assert grid.wait() == -signal.SIGKILL, "it had ended before it was killed"
     done = ablate(path)

@@ -85,11 +85,11 @@ def test_a_forked_run_equals_a_process_of_its_own(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     cores = str(len(os.sched_getaffinity(0)))
     words = [sys.executable, str(script), str(tmp_path / "grid"), "grid"]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    said = subprocess.run(words, capture_output=True, text=True, timeout=600, check=True).stdout
     assert "threads of the warm process: 1\n" in said
     assert "torch is warm: True" in said
     words = [sys.executable, str(script), str(tmp_path / "alone"), "alone"]
-    subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": cores}, timeout=120, check=True)
+    subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": cores}, timeout=600, check=True)
     run = tmp_path / "grid/t/v/seed3"
     assert (run / "weights").read_bytes() == (tmp_path / "alone/weights").read_bytes()
     assert (run / "threads").read_text() == (tmp_path / "alone/threads").read_text() == f"{cores} {cores}"

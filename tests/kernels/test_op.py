@@ -22,6 +22,7 @@ needs_cpp = pytest.mark.skipif(not cpp.available(), reason="no C++ compiler")
 def _choose_afresh():
     choice._choose.cache_clear()
     torch.compiler.reset()
+    torch.manual_seed(0)
     yield
     choice._choose.cache_clear()
 

@@ -176,7 +176,7 @@ def test_the_start_depends_on_seed_and_name() -> None:
     assert not torch.equal(first.blocks[0].mlp.router.weight, first.blocks[1].mlp.router.weight)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_compiled_block_is_one_graph_and_returns_the_same() -> None:
     plain, compiled = (shake(gpt(FFNConfig("moa"), ROUTERS["top2-bias"])).blocks[0].mlp for _ in range(2))
     compiled.compile(fullgraph=True)

@@ -130,8 +130,8 @@ def test_two_billion_parameters_take_seconds_and_no_memory():
     def task() -> tasks.Task:
         return tasks.LanguageModeling(GPTConfig(24, 2560, 20), FFNConfig(mixing="moa"), vocab_size=50304)
 
-    sizes, before, start = Sizes("language"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    sizes, before, start = Sizes("language"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     plan = measure(task, sizes.batch, sizes, "fsdp2", 8, "bf16-mixed", gpu=True)
     assert plan.trained > 2e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB; the weights are 8.5 GB
-    assert time.monotonic() - start < 60
+    assert time.process_time() - start < 60

@@ -13,7 +13,7 @@ import torch
 from ..soak.kills import Case, Run
 from .group import run_group
 
-PATIENCE = 120
+PATIENCE = 600  # seconds, of a machine with much else to do
 
 
 @pytest.mark.parametrize("kind", ["one", "ddp", "fsdp"])
@@ -59,7 +59,7 @@ def test_a_run_that_only_skips_is_ended_and_leaves_the_batches(tmp_path: Path) -
 
 
 def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path) -> None:
-    stall = added("Stall", rank=1, step=3)
+    stall = added("Stall", rank=1, step=3, late=0.4)
     code, said = run(Case("language", "ddp"), tmp_path, *stall, "--watchdog.timeout", "6")
     assert code == 70
     assert re.search(r"nothing has moved for 6 s .* furthest behind: rank 1 stands in the forward pass of step 4", said)

@@ -45,7 +45,7 @@ CONFIGS = {
     "dino": ("vision/dino_tiny", "data/mnist5k"),
 }
 KINDS = {"one": ("auto", 1), "ddp": ("ddp", 2), "fsdp": ("fsdp2", 2)}
-PATIENCE = 120.0  # seconds for a process to end by itself, or to take its first step
+PATIENCE = 600.0  # seconds for a process to end by itself, or to take its first step
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,16 @@ class Poison(L.Callback):
 
 
 class Stall(L.Callback):
-    """One rank stops for ever in the middle of a step."""
+    """One rank stops for ever in the middle of a step, to which the others come `late` seconds later."""
 
-    def __init__(self, rank: int, step: int) -> None:
-        self.rank, self.step = rank, step
+    def __init__(self, rank: int, step: int, late: float = 0.0) -> None:
+        self.rank, self.step, self.late = rank, step, late
 
     def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
         if (trainer.global_rank, trainer.global_step) == (self.rank, self.step):
             time.sleep(1e6)
+        if trainer.global_step == self.step:
+            time.sleep(self.late)
 
 
 class Signal(L.Callback):
