@@ -14,6 +14,7 @@ faults under the key "faults", where there are any; a callback adds them up.
 """
 
 import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, get_args
@@ -21,6 +22,7 @@ from typing import Any, get_args
 import lightning as L
 from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data._utils import signal_handling
 
 from data.faults import BAD, BadSample, Fault, OnBadSample, take_slow
 from data.sampling import EvalBatches, Key, TrainBatches, check_batch_size
@@ -98,6 +100,13 @@ class Samples(Dataset[dict[str, Any]], ABC):
 
 class Loader(DataLoader):
     """A DataLoader that Lightning sees as resumable. Its state is empty: the position is arithmetic."""
+
+    def __iter__(self) -> Any:
+        """Batches. Where an earlier Trainer of this process took torch's SIGCHLD handler away as it ended, torch is told
+        to set it again: without it a reader's death is noticed late, or as a broken connection."""
+        if self.num_workers > 0 and not callable(signal.getsignal(signal.SIGCHLD)):
+            signal_handling._SIGCHLD_handler_set = False
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         return {}

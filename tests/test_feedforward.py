@@ -242,6 +242,7 @@ def test_functional_call_uses_the_parameters_it_is_given(form: str, branches: st
     ids=layer_name,
 )
 def test_compiles_whole(config: FFNConfig) -> None:
+    torch.compiler.reset()  # others have compiled this code too, and torch counts
     layer = FeedForward(4, config, hidden_dim=6).double()
     randomise(layer)
     compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from torch.utils.data._utils import signal_handling
 
 from data import Images, ImageShards, TextFiles, TextShards
 from data.base import SUBSTITUTES, DataModule
@@ -309,6 +310,21 @@ def test_a_worker_that_dies_is_one_sentence_and_no_hang(pictures, tmp_path):
     with pytest.raises(UserError, match=sentence), mistakes([], []):
         fit(module, tmp_path, Kill(), max_epochs=50, limit_val_batches=0)
     assert time.monotonic() - started < 30
+
+
+def test_a_worker_that_dies_in_a_second_fit_is_noticed_too(pictures, tmp_path, monkeypatch):
+    """The first fit's Trainer leaves the process with the handlers that it found, and torch's was set after that."""
+    monkeypatch.setattr("data.base.WORKER_SECONDS", 60.0)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        fit(images(pictures[0], num_workers=1), tmp_path, max_steps=2, limit_val_batches=0)
+        started = time.monotonic()
+        with pytest.raises(UserError, match="a process that reads data died"), mistakes([], []):
+            fit(images(pictures[0], num_workers=1), tmp_path, Kill(), max_epochs=50, limit_val_batches=0)
+        assert time.monotonic() - started < 60
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_worker_that_hangs_is_one_sentence(pictures, monkeypatch):

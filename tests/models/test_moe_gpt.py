@@ -178,6 +178,7 @@ def test_the_start_depends_on_seed_and_name() -> None:
 
 @pytest.mark.timeout(600)
 def test_a_compiled_block_is_one_graph_and_returns_the_same() -> None:
+    torch.compiler.reset()  # others have compiled this code too, and torch counts
     plain, compiled = (shake(gpt(FFNConfig("moa"), ROUTERS["top2-bias"])).blocks[0].mlp for _ in range(2))
     compiled.compile(fullgraph=True)
     x = torch.randn(2, CONTEXT, 24, generator=torch.Generator().manual_seed(0))
