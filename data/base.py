@@ -102,8 +102,8 @@ class Loader(DataLoader):
     """A DataLoader that Lightning sees as resumable. Its state is empty: the position is arithmetic."""
 
     def __iter__(self) -> Any:
-        """Batches. Where an earlier Trainer of this process took torch's SIGCHLD handler away as it ended, torch is told
-        to set it again: without it a reader's death is noticed late, or as a broken connection."""
+        """Batches. An earlier Trainer of this process may have taken torch's SIGCHLD handler away as it ended; torch is
+        then told to set it again: without it a reader's death is noticed late, or as a broken connection."""
         if self.num_workers > 0 and not callable(signal.getsignal(signal.SIGCHLD)):
             signal_handling._SIGCHLD_handler_set = False
         return super().__iter__()
