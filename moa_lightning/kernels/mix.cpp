@@ -1,14 +1,23 @@
 // The mix of activations on the CPU, forward and backward, in one pass over memory; moa_lightning/kernels/cpp.py builds
-// and calls it. Formulas: kernels/__init__.py. Written with the vector types that GCC and Clang share, so that one source
-// serves AVX-512, AVX2 and Arm. One exponential exp(-|u|) gives sigmoid, SiLU and tanh; one exp(-u²/2) gives the normal
-// density and, times a polynomial, its distribution function, hence GELU and its slope. A row is computed without a
-// thought for 0 · inf; where a number of it is not finite it is computed again, entries with coefficient 0 left out.
+// and calls it. Formulas: kernels/__init__.py. Written with the vector types that GCC and Clang share, so that one
+// source serves AVX-512, AVX2 and Arm.
+//
+// Every entry is a sum of bases: 1, u, max(u, 0), its square, and a smooth part in |u|, even or odd. GELU is
+// max(u, 0) - |u| Φ(-|u|), SiLU likewise, tanh is odd. The coefficients of a row's entries become those of the bases,
+// the row is mixed, and gradients go back from bases to entries after it. With AVX-512 a part is a polynomial that is
+// looked up piece by piece in one register; elsewhere one exponential exp(-|u|) gives the parts of SiLU, sigmoid and
+// tanh, and one exp(-u²/2) that of GELU. A row is computed without a thought for 0 · inf; where a number of it is not
+// finite it is computed again, bases with coefficient 0 left out.
 //
 // Compile with -DENTRIES=<Entry, ...> -DFORM=<plain|one|both|pairs>.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -29,6 +38,9 @@ typedef uint16_t Half __attribute__((vector_size(BYTES / 2)));
 #define INLINE inline __attribute__((always_inline))
 
 enum Entry { identity, gelu, silu, relu, leaky_relu, relu2, tanh_, gelu_tanh, quick_gelu, sigmoid };
+enum Base {
+    constant, line, ramp, square, gelu_part, silu_part, gelu_tanh_part, quick_gelu_part, tanh_part, sigmoid_part
+};
 enum Form { plain, one, both, pairs };
 
 constexpr Entry entries[] = {ENTRIES};
@@ -36,24 +48,172 @@ constexpr int K = sizeof(entries) / sizeof(Entry);
 constexpr Form form = FORM;
 constexpr int C = form == pairs ? K * K : K;  // coefficients a token in c
 
-constexpr bool has(Entry entry) {
-    for (Entry e : entries)
-        if (e == entry) return true;
+// how much of a base an entry holds
+constexpr float share(Entry entry, Base base) {
+    switch (base) {
+        case constant: return entry == sigmoid ? 0.5f : 0.0f;
+        case line: return entry == identity ? 1.0f : entry == leaky_relu ? 0.01f : 0.0f;
+        case ramp:
+            if (entry == leaky_relu) return 0.99f;
+            return entry == relu || entry == gelu || entry == silu || entry == gelu_tanh || entry == quick_gelu;
+        case square: return entry == relu2;
+        case gelu_part: return entry == gelu;
+        case silu_part: return entry == silu;
+        case gelu_tanh_part: return entry == gelu_tanh;
+        case quick_gelu_part: return entry == quick_gelu;
+        case tanh_part: return entry == tanh_;
+        case sigmoid_part: return entry == sigmoid;
+    }
+    return 0.0f;
+}
+constexpr bool smooth(Base base) { return base >= gelu_part; }
+constexpr bool odd(Base base) { return base == tanh_part || base == sigmoid_part; }  // the other parts are even
+
+constexpr bool needed(Base base) {
+    for (Entry entry : entries)
+        if (share(entry, base) != 0.0f) return true;
     return false;
 }
+constexpr int count() {
+    int n = 0;
+    for (int base = constant; base <= sigmoid_part; base++) n += needed(Base(base));
+    return n;
+}
+constexpr int B = count(), S = form == pairs ? B * B : B;  // bases, and their coefficients a token
+struct Bases {
+    Base at[B];
+};
+constexpr Bases listed() {
+    Bases found{};
+    int n = 0;
+    for (int base = constant; base <= sigmoid_part; base++)
+        if (needed(Base(base))) found.at[n++] = Base(base);
+    return found;
+}
+constexpr Bases bases = listed();
+constexpr bool any(bool is_odd) {
+    for (Base base : bases.at)
+        if (smooth(base) && odd(base) == is_odd) return true;
+    return false;
+}
+constexpr bool HAS_EVEN = any(false), HAS_ODD = any(true);
 
 INLINE Vec all(float x) { return Vec{} + x; }
-INLINE Vec below_zero(Vec u, Vec yes, Vec no) { return u < 0.0f ? yes : no; }
 INLINE Vec magnitude(Vec u) { return (Vec)((Int)u & 0x7fffffff); }
 INLINE Vec at_most(Vec a, float limit) { return a > limit ? all(limit) : a; }  // NaN stays NaN
 
-template <class F, int... k>
-INLINE void each(F f, std::integer_sequence<int, k...>) {
-    (f(std::integral_constant<int, k>{}), ...);
+template <class F, int... i>
+INLINE void each(F f, std::integer_sequence<int, i...>) {
+    (f(std::integral_constant<int, i>{}), ...);
 }
-#define EACH(k) each([&](auto k) __attribute__((always_inline)) {
-#define END }, std::make_integer_sequence<int, K>{})
+#define EACH(n, i) each([&](auto i) __attribute__((always_inline)) {
+#define END(n) }, std::make_integer_sequence<int, n>{})
 
+// --- the smooth parts at a = |u|: value and slope in a ---------------------------------------------------------------
+
+#if defined(__AVX512F__)
+// A part is 16 polynomials in the distance from the left end of a piece of the line, four pieces for each octave of
+// 1 + a / UNIT. They meet the slope in Chebyshev's nodes and are integrated, when the library is loaded. Of degree 7
+// they are off by 6e-8, slopes by 1.5e-7; of degree 5, enough for bfloat16's 8 bits, by 6e-7 and 8e-6. Beyond 24 a part
+// is taken for what it is there.
+constexpr int PIECES = 16;
+constexpr float UNIT = 1.6f, LAST = 23.9999f;
+constexpr double PI = 3.14159265358979324;
+template <class T>
+constexpr int degree = sizeof(T) == 4 ? 7 : 5;
+
+template <int D>
+struct alignas(64) Polynomials {
+    float at[D + 1][PIECES];
+};
+
+double exact(Base part, double a, bool slope) {
+    if (part == gelu_part) {
+        double tail = std::erfc(a * std::sqrt(0.5)) / 2;
+        return slope ? a * std::exp(-a * a / 2) / std::sqrt(2 * PI) - tail : -a * tail;
+    }
+    if (part == tanh_part) return slope ? 1 / (std::cosh(a) * std::cosh(a)) : std::tanh(a);
+    double z = a, dz = 1;
+    if (part == quick_gelu_part) z *= dz = 1.702;
+    if (part == gelu_tanh_part) {
+        z = std::sqrt(8 / PI) * (a + 0.044715 * a * a * a);
+        dz = std::sqrt(8 / PI) * (1 + 3 * 0.044715 * a * a);
+    }
+    double e = std::exp(-z), i = 1 / (1 + e);
+    if (part == sigmoid_part) return slope ? e * i * i : std::tanh(a / 2) / 2;
+    return slope ? e * i * (a * i * dz - 1) : -a * e * i;
+}
+
+template <int D>
+Polynomials<D> fit(Base part) {
+    Polynomials<D> found;
+    for (int p = 0; p < PIECES; p++) {
+        double left = UNIT * (std::ldexp(1 + p % 4 / 4.0, p / 4) - 1), width = UNIT * std::ldexp(0.25, p / 4);
+        double x[D], d[D], powers[D] = {};
+        for (int n = 0; n < D; n++) {
+            x[n] = (1 - std::cos(PI * (n + 0.5) / D)) / 2 * width;
+            d[n] = exact(part, left + x[n], true);
+        }
+        for (int order = 1; order < D; order++)  // Newton's divided differences
+            for (int n = D - 1; n >= order; n--) d[n] = (d[n] - d[n - 1]) / (x[n] - x[n - order]);
+        for (int n = D - 1; n >= 0; n--) {
+            for (int m = D - 1; m > 0; m--) powers[m] = powers[m - 1] - x[n] * powers[m];
+            powers[0] = d[n] - x[n] * powers[0];
+        }
+        int place = (p + 12) % PIECES;  // the exponent of floats in [1, 2) is 127, which ends in 11
+        found.at[0][place] = exact(part, left, false);
+        for (int n = 0; n < D; n++) found.at[n + 1][place] = powers[n] / (n + 1);
+    }
+    return found;
+}
+
+template <int D>
+struct Tables {
+    Polynomials<D> of[B];
+    Tables() {
+        for (int m = 0; m < B; m++)
+            if (smooth(bases.at[m])) of[m] = fit<D>(bases.at[m]);
+    }
+};
+template <int D>
+const Tables<D> tables;
+
+struct Place {
+    Vec r;
+    Int piece;
+};
+INLINE Place find(Vec a) {
+    a = (Vec)_mm512_min_ps((__m512)all(LAST), (__m512)a);  // NaN stays NaN
+    Int t = (Int)(a * (1 / UNIT) + 1.0f);
+    return {a - ((Vec)(t & ~0x1fffff) - 1.0f) * UNIT, t >> 21};
+}
+template <int D>
+INLINE Vec coefficient(const Polynomials<D>& p, int n, Place place) {
+    return (Vec)_mm512_permutexvar_ps((__m512i)place.piece, _mm512_load_ps(p.at[n]));
+}
+template <int D>
+INLINE Vec polynomial(const Polynomials<D>& p, Place place) {
+    Vec value = coefficient(p, D, place);
+    EACH(D, n) value = value * place.r + coefficient(p, D - 1 - n, place); END(D);
+    return value;
+}
+template <int D>
+INLINE void polynomial(const Polynomials<D>& p, Place place, Vec& value, Vec& slope) {
+    slope = value = coefficient(p, D, place);
+    EACH(D, n)
+        if constexpr (n > 0) slope = slope * place.r + value;
+        value = value * place.r + coefficient(p, D - 1 - n, place);
+    END(D);
+}
+
+template <class T>
+INLINE void parts(Vec a, Vec* value, Vec* slope) {
+    Place place = find(a);
+    EACH(B, m)
+        if constexpr (smooth(bases.at[m])) polynomial(tables<degree<T>>.of[m], place, value[m], slope[m]);
+    END(B);
+}
+#else
 // exp(x) = scale + rest for -88 < x <= 0, with scale a power of two; rest + (scale - 1) is expm1(x) without
 // cancellation. The polynomial is our own minimax fit on |r| <= ln(2) / 2, 1e-7 relative.
 INLINE void exponential(Vec x, Vec& scale, Vec& rest) {
@@ -66,80 +226,91 @@ INLINE void exponential(Vec x, Vec& scale, Vec& rest) {
     rest = ((high * rr + low) * rr + r) * scale;
 }
 
-// sigmoid(z) and its slope at |z| <= 87
-INLINE void logistic(Vec z, Vec& value, Vec& slope) {
+// -x · sigmoid(-z) and its slope, z' = dz
+INLINE void weighed(Vec x, Vec z, Vec dz, Vec& value, Vec& slope) {
     Vec scale, rest;
-    exponential(-magnitude(z), scale, rest);
+    exponential(-z, scale, rest);
     Vec e = scale + rest, i = 1.0f / (1.0f + e), ei = e * i;
-    value = below_zero(z, ei, i);
-    slope = ei * i;
+    value = -x * ei;
+    slope = ei * (x * i * dz - 1.0f);
 }
 
-struct Activated {
-    Vec value[K], slope[K];
+template <class T>
+INLINE void parts(Vec a, Vec* value, Vec* slope) {
+    Vec x = at_most(a, 87.0f), scale, rest, m, e, i, ei;
+    if constexpr (needed(silu_part) || needed(tanh_part) || needed(sigmoid_part)) {
+        exponential(-x, scale, rest);
+        m = rest + (scale - 1.0f), e = 1.0f + m, i = 1.0f / (1.0f + e), ei = e * i;
+    }
+    EACH(B, k)
+        constexpr Base part = bases.at[k];
+        Vec &v = value[k], &d = slope[k];
+        if constexpr (part == silu_part) v = -x * ei, d = ei * (x * i - 1.0f);
+        if constexpr (part == sigmoid_part) v = m * i * -0.5f, d = ei * i;
+        if constexpr (part == tanh_part) {
+            Vec j = 1.0f / (1.0f + e * e), ej = e * j;
+            v = m * (-2.0f - m) * j, d = 4.0f * ej * ej;  // (1 - e²) / (1 + e²)
+        }
+        if constexpr (part == gelu_part) {
+            // The normal density φ, and Φ(-y) = φ(y) · Mills' ratio, which is t · P(t) with t = 1 / (1 + 0.34 y): P is
+            // our own minimax fit of Φ(-y), off by 2e-8, and in the tail by 9e-6 of the value.
+            Vec y = at_most(a, 13.0f), power, more;
+            exponential(y * y * -0.5f, power, more);
+            Vec density = a > 13.0f ? all(0.0f) : (power + more) * 0.398942280f;  // below 8e-38
+            Vec t = 1.0f / (y * 0.34f + 1.0f), tt = t * t;
+            Vec p01 = t * 0.32620455f + 0.34086876f, p23 = t * -0.06935425f + 0.38859857f;
+            Vec p45 = t * -0.49827540f + 0.65386304f;
+            Vec tail = ((tt * 0.11140884f + p45) * (tt * tt) + (tt * p23 + p01)) * t * density;
+            v = -y * tail, d = y * density - tail;
+        }
+        if constexpr (part == gelu_tanh_part) {
+            Vec y = at_most(a, 10.0f), yy = y * y;
+            weighed(y, y * (yy * 0.0713548163f + 1.59576912f), yy * 0.214064449f + 1.59576912f, v, d);
+        }
+        if constexpr (part == quick_gelu_part) {
+            Vec y = at_most(a, 50.0f);
+            weighed(y, 1.702f * y, all(1.702f), v, d);
+        }
+    END(B);
+}
+#endif
+
+// --- the bases -------------------------------------------------------------------------------------------------------
+
+struct Point {
+    Vec value[B], slope[B];
 };
 
-INLINE void tails(Vec u, Vec a, Vec& s, Vec& s_slope, Vec& t, Vec& t_slope) {  // sigmoid and tanh from exp(-|u|)
-    Vec scale, rest;
-    exponential(-at_most(a, 87.0f), scale, rest);
-    Vec m = rest + (scale - 1.0f), e = 1.0f + m;
-    Vec i = 1.0f / (1.0f + e), j = 1.0f / (1.0f + e * e), ei = e * i, ej = e * j;
-    s = below_zero(u, ei, i);
-    s_slope = ei * i;
-    t = m * (-2.0f - m) * j;  // (1 - e²) / (1 + e²)
-    t = below_zero(u, -t, t);
-    t_slope = 4.0f * ej * ej;
+INLINE Vec signed_as(Vec u, Vec v) { return u > 0.0f ? v : -v; }
+INLINE Vec rising(Vec u) { return u < 0.0f ? all(0.0f) : u; }  // NaN stays NaN
+
+// The straight bases and the square. Infinite u gives the limits.
+INLINE void corners(Vec u, Point& p) {
+    Vec up = rising(u);
+    EACH(B, m)
+        constexpr Base base = bases.at[m];
+        if constexpr (base == constant) p.value[m] = all(1.0f), p.slope[m] = all(0.0f);
+        if constexpr (base == line) p.value[m] = u, p.slope[m] = all(1.0f);
+        if constexpr (base == ramp) p.value[m] = up, p.slope[m] = u > 0.0f ? all(1.0f) : all(0.0f);
+        if constexpr (base == square) p.value[m] = up * up, p.slope[m] = up + up;
+    END(B);
 }
 
-// The normal density and distribution function. Φ(-a) / φ(a), Mills' ratio, is t · P(t) with t = 1 / (1 + 0.34 a):
-// P is our own minimax fit of Φ(-a), off by 2e-8, and in the tail by 9e-6 of the value.
-INLINE void normal(Vec u, Vec a, Vec& density, Vec& distribution) {
-    Vec x = at_most(a, 13.0f), scale, rest;
-    exponential(x * x * -0.5f, scale, rest);
-    density = a > 13.0f ? all(0.0f) : (scale + rest) * 0.398942280f;  // below 8e-38
-    Vec t = 1.0f / (x * 0.34f + 1.0f), tt = t * t;
-    Vec p01 = t * 0.32620455f + 0.34086876f, p23 = t * -0.06935425f + 0.38859857f, p45 = t * -0.49827540f + 0.65386304f;
-    Vec tail = ((tt * 0.11140884f + p45) * (tt * tt) + (tt * p23 + p01)) * t * density;
-    distribution = below_zero(u, tail, 1.0f - tail);
-}
-
-// σ_k(u) and, where asked, σ_k'(u). Infinite u gives the limits.
-INLINE Activated activate(Vec u) {
-    Activated out;
-    Vec a = magnitude(u), near = below_zero(u, -at_most(a, 87.0f), at_most(a, 87.0f));
-    Vec s{}, s_slope{}, t{}, t_slope{}, density{}, distribution{};
-    if constexpr (has(silu) || has(tanh_) || has(sigmoid)) tails(u, a, s, s_slope, t, t_slope);
-    if constexpr (has(gelu)) normal(u, a, density, distribution);
-    Vec finite = u < -3.4e38f ? all(-3.4e38f) : u;  // factors that have vanished by then make it 0
-    Vec positive = below_zero(u, all(0.0f), u), side = u > 0.0f ? all(1.0f) : all(0.0f);
-    EACH(k)
-        constexpr Entry entry = entries[k];
-        Vec &v = out.value[k], &d = out.slope[k];
-        if constexpr (entry == identity) v = u, d = all(1.0f);
-        if constexpr (entry == gelu) v = finite * distribution, d = distribution + near * density;
-        if constexpr (entry == silu) v = finite * s, d = s + near * s_slope;
-        if constexpr (entry == relu) v = positive, d = side;
-        if constexpr (entry == leaky_relu) v = below_zero(u, 0.01f * u, u), d = u > 0.0f ? all(1.0f) : all(0.01f);
-        if constexpr (entry == relu2) v = positive * positive, d = positive + positive;
-        if constexpr (entry == tanh_) v = t, d = t_slope;
-        if constexpr (entry == sigmoid) v = s, d = s_slope;
-        if constexpr (entry == gelu_tanh) {
-            Vec x = below_zero(u, -at_most(a, 10.0f), at_most(a, 10.0f)), xx = x * x, p, slope;
-            logistic(x * (xx * 0.0713548163f + 1.59576912f), p, slope);  // x · sigmoid(2 sqrt(2/π) (x + 0.044715 x³))
-            p = a > 10.0f ? side : p;
-            v = finite * p, d = p + x * (a > 10.0f ? all(0.0f) : slope) * (xx * 0.214064449f + 1.59576912f);
+template <class T>
+INLINE Point evaluate(Vec u) {
+    Point p;
+    corners(u, p);
+    parts<T>(magnitude(u), p.value, p.slope);
+    EACH(B, m)
+        if constexpr (smooth(bases.at[m])) {
+            Vec& turned = odd(bases.at[m]) ? p.value[m] : p.slope[m];
+            turned = signed_as(u, turned);
         }
-        if constexpr (entry == quick_gelu) {
-            Vec x = below_zero(u, -at_most(a, 50.0f), at_most(a, 50.0f)), p, slope;
-            logistic(1.702f * x, p, slope);
-            p = a > 50.0f ? side : p;
-            v = finite * p, d = p + 1.702f * x * slope;
-        }
-    END;
-    return out;
+    END(B);
+    return p;
 }
 
-// --- memory: float and bfloat16 (as its 16 bits), whole vectors and the last, shorter one ------------------------------
+// --- memory: float and bfloat16 (as its 16 bits), whole vectors and the last, shorter one ----------------------------
 
 INLINE Vec read(const float* p, int n) {
     Vec v{};
@@ -151,17 +322,25 @@ INLINE Vec read(const uint16_t* p, int n) {
     Half half{};
     if (n == LANES) std::memcpy(&half, p, sizeof half);
     else std::memcpy(&half, p, 2 * n);
+#if defined(__AVX512F__)
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#else
     return (Vec)(__builtin_convertvector(half, Bits) << 16);
+#endif
 }
 INLINE void write(float* p, Vec v, int n) {
     if (n == LANES) std::memcpy(p, &v, sizeof v);
     else std::memcpy(p, &v, 4 * n);
 }
 INLINE void write(uint16_t* p, Vec v, int n) {
+#if defined(__AVX512BF16__)
+    Half half = (Half)_mm512_cvtneps_pbh((__m512)v);
+#else
     Bits bits = (Bits)v;
     bits = bits + 0x7fff + ((bits >> 16) & 1);  // to the nearest, ties to even
     bits = v != v ? Bits{} + 0x7fc00000u : bits;
     Half half = __builtin_convertvector(bits >> 16, Half);
+#endif
     if (n == LANES) std::memcpy(p, &half, sizeof half);
     else std::memcpy(p, &half, 2 * n);
 }
@@ -171,43 +350,125 @@ INLINE float total(Vec v) {
     return sum;
 }
 
-// --- one row: a token -------------------------------------------------------------------------------------------------
+// --- one row: a token ------------------------------------------------------------------------------------------------
 
 template <bool careful>
-INLINE Vec times(float c, Vec v) {
-    if constexpr (careful) return c == 0.0f ? all(0.0f) : c * v;
-    return c * v;
+INLINE Vec times(float s, Vec v) {
+    if constexpr (careful) return s == 0.0f ? all(0.0f) : s * v;
+    return s * v;
 }
 
 template <bool careful>
-INLINE Vec sum(const float* c, const Vec* v) {
+INLINE Vec sum(const float* s, const Vec* v) {
     Vec out{};
-    EACH(k) out += times<careful>(c[k], v[k]); END;
+    EACH(B, m) out += times<careful>(s[m], v[m]); END(B);
     return out;
 }
 
 template <bool careful>
-INLINE Vec sum_pairs(const float* c, const Vec* first, const Vec* second) {
+INLINE Vec sum_pairs(const float* s, const Vec* first, const Vec* second) {
     Vec out{};
-    EACH(k)
-        if constexpr (careful) EACH(l) out += times<true>(c[k * K + l], first[k] * second[l]); END;
-        else out += first[k] * sum<false>(c + k * K, second);
-    END;
+    EACH(B, m)
+        if constexpr (careful) EACH(B, l) out += times<true>(s[m * B + l], first[m] * second[l]); END(B);
+        else out += first[m] * sum<false>(s + m * B, second);
+    END(B);
     return out;
 }
+
+// Coefficients of the entries -> of the bases
+INLINE void to_bases(const float* c, float* s) {
+    for (int m = 0; m < B; m++) s[m] = 0.0f;
+    EACH(K, k)
+        constexpr Entry entry = entries[k];
+        const float ck = c[k];
+        EACH(B, m) if constexpr (share(entry, bases.at[m]) != 0.0f) s[m] += share(entry, bases.at[m]) * ck; END(B);
+    END(K);
+}
+// and gradients of those of the bases -> of the entries
+INLINE void to_entries(const float* ds, float* dc) {
+    EACH(K, k)
+        constexpr Entry entry = entries[k];
+        float sum = 0;
+        EACH(B, m) if constexpr (share(entry, bases.at[m]) != 0.0f) sum += share(entry, bases.at[m]) * ds[m]; END(B);
+        dc[k] = sum;
+    END(K);
+}
+void to_bases_of_pairs(const float* c, float* s) {
+    float half[B][K], column[K];
+    for (int l = 0; l < K; l++) {
+        float out[B];
+        for (int k = 0; k < K; k++) column[k] = c[k * K + l];
+        to_bases(column, out);
+        for (int m = 0; m < B; m++) half[m][l] = out[m];
+    }
+    for (int m = 0; m < B; m++) to_bases(half[m], s + m * B);
+}
+void to_entries_of_pairs(const float* ds, float* dc) {
+    float half[K][B], column[B];
+    for (int l = 0; l < B; l++) {
+        float out[K];
+        for (int m = 0; m < B; m++) column[m] = ds[m * B + l];
+        to_entries(column, out);
+        for (int k = 0; k < K; k++) half[k][l] = out[k];
+    }
+    for (int k = 0; k < K; k++) to_entries(half[k], dc + k * K);
+}
+
+// The mix of a row: with AVX-512 all its even parts are one polynomial, and all its odd ones another.
+template <class T>
+struct Mix {
+    const float* s;
+#if defined(__AVX512F__)
+    Polynomials<degree<T>> even{}, uneven{};
+#endif
+
+    INLINE explicit Mix(const float* s) : s(s) {
+#if defined(__AVX512F__)
+        EACH(B, m)
+            constexpr Base base = bases.at[m];
+            if constexpr (smooth(base)) {
+                auto& sum = odd(base) ? uneven : even;
+                for (int n = 0; n <= degree<T>; n++)
+                    for (int p = 0; p < PIECES; p++) sum.at[n][p] += s[m] * tables<degree<T>>.of[m].at[n][p];
+            }
+        END(B);
+#endif
+    }
+
+    template <bool careful>
+    INLINE Vec at(Vec u) const {
+#if defined(__AVX512F__)
+        if constexpr (!careful) {
+            Point p;
+            corners(u, p);
+            Vec out{};
+            EACH(B, m) if constexpr (!smooth(bases.at[m])) out += s[m] * p.value[m]; END(B);
+            Place place = find(magnitude(u));
+            if constexpr (HAS_EVEN) out += polynomial(even, place);
+            if constexpr (HAS_ODD) out += signed_as(u, polynomial(uneven, place));
+            return out;
+        }
+#endif
+        return sum<careful>(s, evaluate<T>(u).value);
+    }
+};
 
 template <bool careful, class T>
 bool forward_row(const T* a, const T* b, const float* c, const float* e, T* y, int64_t h) {
+    float s[S], t[B];
+    if constexpr (form == pairs) to_bases_of_pairs(c, s);
+    else to_bases(c, s);
+    if constexpr (form == both) to_bases(e, t);
+    const Mix<T> first(s), second(form == both ? t : s);
     Vec spoilt{};
     auto step = [&](int64_t j, int n) __attribute__((always_inline)) {
-        Activated first = activate(read(a + j, n));
         Vec out;
         if constexpr (form == pairs) {
-            out = sum_pairs<careful>(c, first.value, activate(read(b + j, n)).value);
+            out = sum_pairs<careful>(s, evaluate<T>(read(a + j, n)).value, evaluate<T>(read(b + j, n)).value);
         } else {
-            out = sum<careful>(c, first.value);
+            out = first.template at<careful>(read(a + j, n));
             if constexpr (form == one) out *= read(b + j, n);
-            if constexpr (form == both) out *= sum<careful>(e, activate(read(b + j, n)).value);
+            if constexpr (form == both) out *= second.template at<careful>(read(b + j, n));
         }
         if constexpr (!careful) spoilt += out * 0.0f;
         write(y + j, out, n);
@@ -221,35 +482,39 @@ bool forward_row(const T* a, const T* b, const float* c, const float* e, T* y, i
 template <bool careful, class T>
 bool backward_row(const T* g, const T* a, const T* b, const float* c, const float* e, T* da, T* db, float* dc,
                   float* de, int64_t h) {
-    Vec sums[C]{}, other_sums[K]{}, spoilt{};
+    float s[S], t[B];
+    if constexpr (form == pairs) to_bases_of_pairs(c, s);
+    else to_bases(c, s);
+    if constexpr (form == both) to_bases(e, t);
+    Vec sums[S]{}, other_sums[B]{}, spoilt{};
     auto step = [&](int64_t j, int n) __attribute__((always_inline)) {
         Vec grad = read(g + j, n), slope, other_slope{};
-        Activated first = activate(read(a + j, n));
+        Point first = evaluate<T>(read(a + j, n));
         if constexpr (form == plain) {
-            EACH(k) sums[k] += grad * first.value[k]; END;
-            slope = grad * sum<careful>(c, first.slope);
+            EACH(B, m) sums[m] += grad * first.value[m]; END(B);
+            slope = grad * sum<careful>(s, first.slope);
         } else if constexpr (form == pairs) {
-            Activated second = activate(read(b + j, n));
-            EACH(k)
-                Vec weighted = grad * first.value[k];
-                EACH(l) sums[k * K + l] += weighted * second.value[l]; END;
-            END;
-            slope = grad * sum_pairs<careful>(c, first.slope, second.value);
-            other_slope = grad * sum_pairs<careful>(c, first.value, second.slope);
+            Point second = evaluate<T>(read(b + j, n));
+            EACH(B, m)
+                Vec weighted = grad * first.value[m];
+                EACH(B, l) sums[m * B + l] += weighted * second.value[l]; END(B);
+            END(B);
+            slope = grad * sum_pairs<careful>(s, first.slope, second.value);
+            other_slope = grad * sum_pairs<careful>(s, first.value, second.slope);
         } else {
-            Vec other = read(b + j, n), mixed = sum<careful>(c, first.value);
+            Vec other = read(b + j, n), mixed = sum<careful>(s, first.value);
             if constexpr (form == both) {
-                Activated second = activate(other);
+                Point second = evaluate<T>(other);
                 Vec weighted = grad * mixed;
-                EACH(k) other_sums[k] += weighted * second.value[k]; END;
-                other = sum<careful>(e, second.value);
-                other_slope = weighted * sum<careful>(e, second.slope);
+                EACH(B, m) other_sums[m] += weighted * second.value[m]; END(B);
+                other = sum<careful>(t, second.value);
+                other_slope = weighted * sum<careful>(t, second.slope);
             } else {
                 other_slope = grad * mixed;
             }
             Vec weighted = grad * other;
-            EACH(k) sums[k] += weighted * first.value[k]; END;
-            slope = weighted * sum<careful>(c, first.slope);
+            EACH(B, m) sums[m] += weighted * first.value[m]; END(B);
+            slope = weighted * sum<careful>(s, first.slope);
         }
         if constexpr (!careful) spoilt += (slope + other_slope) * 0.0f;
         write(da + j, slope, n);
@@ -259,9 +524,14 @@ bool backward_row(const T* g, const T* a, const T* b, const float* c, const floa
     for (; j + LANES <= h; j += LANES) step(j, LANES);
     if (j < h) step(j, h - j);
     if (total(spoilt) != 0.0f) return false;
-    for (int k = 0; k < C; k++) dc[k] = total(sums[k]);
-    if constexpr (form == both)
-        for (int k = 0; k < K; k++) de[k] = total(other_sums[k]);
+    float ds[S], other_ds[B];
+    for (int m = 0; m < S; m++) ds[m] = total(sums[m]);
+    if constexpr (form == pairs) to_entries_of_pairs(ds, dc);
+    else to_entries(ds, dc);
+    if constexpr (form == both) {
+        for (int m = 0; m < B; m++) other_ds[m] = total(other_sums[m]);
+        to_entries(other_ds, de);
+    }
     return true;
 }
 

@@ -17,23 +17,21 @@ from .compiled import sum_to
 _ARGUMENTS = "Tensor a, Tensor c, Tensor? b, Tensor? e, str[] names, str form, str kernel"
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
+# not torch.library.custom_op, which looks for aliases among the results of every call
+_library = torch.library.Library("moa", "FRAGMENT")
+_library.define(f"mix({_ARGUMENTS}) -> Tensor")
+_library.define(f"mix_backward(Tensor g, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+mix_op = torch.ops.moa.mix.default
 
-@torch.library.custom_op("moa::mix", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
-def mix_op(
-    a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: list[str], form: Form, kernel: str
-) -> Tensor:
+
+def _mix(a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: list[str], form: Form, kernel: str) -> Tensor:
     """kernels.common's forward by the implementation that `kernel` names."""
     entries = tuple(names)
     with torch.no_grad():  # also where no input needs a gradient: the same numbers either way
         return choice.implementation(kernel, entries, a, c).forward(a, c, b, e, entries, form)
 
 
-@torch.library.custom_op(
-    "moa::mix_backward",
-    mutates_args=(),
-    schema=f"(Tensor g, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def mix_backward_op(
+def _mix_backward(
     g: Tensor, a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: list[str], form: Form, kernel: str
 ) -> Four:
     """Gradients of a, c, b, e in their shapes by the implementation that `kernel` names; empty for those not given."""
@@ -44,14 +42,14 @@ def mix_backward_op(
     return da, sum_to(dc, c), a.new_empty(0) if db is None else db, de
 
 
-@mix_op.register_fake
+@torch.library.register_fake("moa::mix", lib=_library)
 def _fake(
     a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: list[str], form: Form, kernel: str
 ) -> Tensor:
     return like(a)
 
 
-@mix_backward_op.register_fake
+@torch.library.register_fake("moa::mix_backward", lib=_library)
 def _fake_backward(
     g: Tensor, a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: list[str], form: Form, kernel: str
 ) -> Four:
@@ -69,7 +67,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         da, dc, db, de = _differentiable(g, a, c, b, e, tuple(names), form)
     else:
-        da, dc, db, de = torch.ops.moa.mix_backward(g, a, c, b, e, names, form, kernel)
+        da, dc, db, de = torch.ops.moa.mix_backward.default(g, a, c, b, e, names, form, kernel)
     return da, dc, None if b is None else db, None if e is None else de, None, None, None
 
 
@@ -80,4 +78,6 @@ def _differentiable(
     return da, sum_to(dc, c), db, None if e is None or de is None else sum_to(de, e)
 
 
-mix_op.register_autograd(_gradients, setup_context=_keep)
+_library.impl("mix", _mix, "CompositeExplicitAutograd")
+_library.impl("mix_backward", _mix_backward, "CompositeExplicitAutograd")
+torch.library.register_autograd("moa::mix", _gradients, setup_context=_keep, lib=_library)

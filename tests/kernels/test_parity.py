@@ -7,6 +7,7 @@ traces is compared in the other forms and dtypes, and its formulas one by one.
 import functools
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,18 @@ def test_agrees_with_numpy(kernel: str) -> None:
     if kernel == "cpp" and not cpp.available():
         pytest.skip("no C++ compiler")
     assert_parity(parity.measure(kernel), kernel)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the option is one of x86 compilers")
+def test_cpp_of_processors_without_avx512_agrees_with_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpp.available():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(cpp, "FLAGS", (*cpp.FLAGS, "-mno-avx512f"))
+    cpp._library.cache_clear()
+    try:
+        assert_parity(parity.measure("cpp"), "cpp")
+    finally:
+        cpp._library.cache_clear()
 
 
 @pytest.mark.timeout(600)
