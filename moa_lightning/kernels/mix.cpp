@@ -226,8 +226,8 @@ INLINE void exponential(Vec x, Vec& scale, Vec& rest) {
     rest = ((high * rr + low) * rr + r) * scale;
 }
 
-// -x · sigmoid(-z) and its slope, z' = dz
-INLINE void weighed(Vec x, Vec z, Vec dz, Vec& value, Vec& slope) {
+// -x · sigmoid(-z) and its slope in x, where z' = dz
+INLINE void sigmoid_tail(Vec x, Vec z, Vec dz, Vec& value, Vec& slope) {
     Vec scale, rest;
     exponential(-z, scale, rest);
     Vec e = scale + rest, i = 1.0f / (1.0f + e), ei = e * i;
@@ -265,11 +265,11 @@ INLINE void parts(Vec a, Vec* value, Vec* slope) {
         }
         if constexpr (part == gelu_tanh_part) {
             Vec y = at_most(a, 10.0f), yy = y * y;
-            weighed(y, y * (yy * 0.0713548163f + 1.59576912f), yy * 0.214064449f + 1.59576912f, v, d);
+            sigmoid_tail(y, y * (yy * 0.0713548163f + 1.59576912f), yy * 0.214064449f + 1.59576912f, v, d);
         }
         if constexpr (part == quick_gelu_part) {
             Vec y = at_most(a, 50.0f);
-            weighed(y, 1.702f * y, all(1.702f), v, d);
+            sigmoid_tail(y, 1.702f * y, all(1.702f), v, d);
         }
     END(B);
 }
@@ -282,11 +282,10 @@ struct Point {
 };
 
 INLINE Vec signed_as(Vec u, Vec v) { return u > 0.0f ? v : -v; }
-INLINE Vec rising(Vec u) { return u < 0.0f ? all(0.0f) : u; }  // NaN stays NaN
 
 // The straight bases and the square. Infinite u gives the limits.
 INLINE void corners(Vec u, Point& p) {
-    Vec up = rising(u);
+    Vec up = u < 0.0f ? all(0.0f) : u;  // NaN stays NaN
     EACH(B, m)
         constexpr Base base = bases.at[m];
         if constexpr (base == constant) p.value[m] = all(1.0f), p.slope[m] = all(0.0f);
@@ -414,12 +413,12 @@ void to_entries_of_pairs(const float* ds, float* dc) {
     for (int k = 0; k < K; k++) to_entries(half[k], dc + k * K);
 }
 
-// The mix of a row: with AVX-512 all its even parts are one polynomial, and all its odd ones another.
+// The mix of a row (not of pairs): with AVX-512 all its even parts are one polynomial, and all its odd ones another.
 template <class T>
 struct Mix {
     const float* s;
 #if defined(__AVX512F__)
-    Polynomials<degree<T>> even{}, uneven{};
+    Polynomials<degree<T>> even_parts{}, odd_parts{};
 #endif
 
     INLINE explicit Mix(const float* s) : s(s) {
@@ -427,7 +426,7 @@ struct Mix {
         EACH(B, m)
             constexpr Base base = bases.at[m];
             if constexpr (smooth(base)) {
-                auto& sum = odd(base) ? uneven : even;
+                auto& sum = odd(base) ? odd_parts : even_parts;
                 for (int n = 0; n <= degree<T>; n++)
                     for (int p = 0; p < PIECES; p++) sum.at[n][p] += s[m] * tables<degree<T>>.of[m].at[n][p];
             }
@@ -444,8 +443,8 @@ struct Mix {
             Vec out{};
             EACH(B, m) if constexpr (!smooth(bases.at[m])) out += s[m] * p.value[m]; END(B);
             Place place = find(magnitude(u));
-            if constexpr (HAS_EVEN) out += polynomial(even, place);
-            if constexpr (HAS_ODD) out += signed_as(u, polynomial(uneven, place));
+            if constexpr (HAS_EVEN) out += polynomial(even_parts, place);
+            if constexpr (HAS_ODD) out += signed_as(u, polynomial(odd_parts, place));
             return out;
         }
 #endif
