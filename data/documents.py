@@ -27,6 +27,7 @@ SPLITS = ("train", "val", "test")
 PIECE = 256 * 1024  # bytes
 _BREAK = re.compile(rb"(?<=\S)\n(?=\S)")
 _MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}
+_LINES = (".jsonl", ".ndjson")  # of JSON, whose syntax nobody means to learn; a .json may be part of a code base
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -104,7 +105,7 @@ def read_corpus(source: str | Sequence[str], encoding: Encoding = "bytes", on_ba
     found = stdlib_documents() if source in ("stdlib", ["stdlib"]) else file_documents(source)
     documents, bad = [], []
     for document in found:
-        fault = _fault(document.content, encoding)
+        fault = _fault(document, encoding)
         if fault is None:
             documents.append(document)
         elif on_bad == "raise":
@@ -116,11 +117,13 @@ def read_corpus(source: str | Sequence[str], encoding: Encoding = "bytes", on_ba
     return Corpus(documents, bad)
 
 
-def _fault(content: bytes, encoding: Encoding) -> str | None:
-    """What is wrong with the content of a text file, in words."""
-    if packing := packing_of(content):
-        return f"holds {packing} and no plain text: unpack it, or write token files with moa data tokens"
-    place = None if encoding == "bytes" else invalid_utf8(content)
+def _fault(document: Document, encoding: Encoding) -> str | None:
+    """What is wrong with a text file, in words."""
+    packing = packing_of(document.content)
+    if packing or document.name.lower().endswith(_LINES):
+        what, remedy = (packing, "unpack it") if packing else ("a JSON object a line", "rename it to train on JSON")
+        return f"holds {what} and no plain text: {remedy}, or write token files with moa data tokens"
+    place = None if encoding == "bytes" else invalid_utf8(document.content)
     return None if place is None else f"is not UTF-8 at byte {place}: {NO_UTF8}"
 
 

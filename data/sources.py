@@ -23,6 +23,7 @@ from moa_lightning.errors import UserError
 
 LONGEST_LINE = 64 * 1024 * 1024  # bytes, of JSON
 ROWS = 64  # of a Parquet file at a time
+PARQUET_BUFFER = 1024 * 1024  # bytes of a column read at a time: without it a row group is read whole
 _JSON = (".jsonl", ".ndjson", ".json")
 _COMPRESSED = (".gz", ".zst")
 _NAMED = 3  # bad documents that a message lists
@@ -197,7 +198,7 @@ def _parquet(path: Path, column: str, bad: Bad) -> Iterator[tuple[str, bytes]]:
     arrow, parquet = _package("pyarrow", path), _package("pyarrow.parquet", path)
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
             columns = file.schema_arrow.names
             if column not in columns:
                 raise UserError(

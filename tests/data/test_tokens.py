@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -254,6 +255,10 @@ def test_packed_files_are_never_taken_for_plain_text(tmp_path, needs_text):
     assert bad.count == len(files)
     for name in ("b.txt", "c", "d.txt"):
         assert "and no plain text: unpack it" in message(TextFiles(str(tmp_path / name), context_length=8).setup)
+    for name in ("e.jsonl", "f.NDJSON"):
+        (tmp_path / name).write_text(json.dumps({"text": TEXT}))
+        told = message(TextFiles(str(tmp_path / name), context_length=8).setup)
+        assert "holds a JSON object a line and no plain text: rename it" in told
 
 
 def test_zst_and_parquet_where_their_packages_are(tmp_path, monkeypatch):
@@ -264,7 +269,8 @@ def test_zst_and_parquet_where_their_packages_are(tmp_path, monkeypatch):
             patch.setitem(sys.modules, name, None)
             with pytest.raises(UserError, match=f"needs the package {name}"):
                 list(documents([str(path)], "text", True, Bad()))
-    zstandard, arrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
+    import pyarrow as arrow
+    import zstandard
     from pyarrow import parquet
 
     content = (tmp_path / "a.jsonl").read_bytes()
@@ -278,6 +284,23 @@ def test_zst_and_parquet_where_their_packages_are(tmp_path, monkeypatch):
         assert found == texts
     with pytest.raises(UserError, match="no column 'text'"):
         list(documents([str(tmp_path / "c.parquet")], "text", True, Bad()))
+
+
+def test_a_large_row_group_is_not_held_whole(tmp_path):
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    texts = arrow.array([os.urandom(4000).hex() for _ in range(6000)])  # 48 MB that do not compress
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=6000, use_dictionary=False)
+    del texts
+    before, pool = arrow.default_memory_pool(), arrow.proxy_memory_pool(arrow.default_memory_pool())
+    arrow.set_memory_pool(pool)
+    try:
+        found = documents([str(tmp_path / "a.parquet")], "text", True, Bad())
+        assert sum(len(piece) for text in found for piece in text.pieces) == 48_000_000
+    finally:
+        arrow.set_memory_pool(before)
+    assert 0 < pool.max_memory() < 30_000_000
 
 
 def test_a_cut_lies_between_two_words_on_two_lines():
