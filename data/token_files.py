@@ -23,7 +23,7 @@ from data.faults import BadSample, reading
 from data.shards import Stamp, open_unchanged, stamp_of
 from data.text import TextModule, TokenSource
 from data.token_writer import DESCRIPTION, STARTS, TOKENIZER, token_dtype
-from data.tokenizer import BYTES, Tokenizer, open_tokenizer
+from data.tokenizer import BYTES, CHARACTERS, Tokenizer, open_tokenizer
 from moa_lightning.errors import UserError
 
 HEADER_BYTES = 256 * 4
@@ -141,7 +141,7 @@ class TokenFiles(TextModule):
 
     Args:
         source: folder with `.bin` files that have train, val or test in their names; or one such file to train on.
-        tokenizer: "bytes" or a tokenizer.json; None: what the folder's tokens.json or tokenizer.json says.
+        tokenizer: "bytes", a tokenizer.json or nanoGPT's meta.pkl; None: what lies in the folder.
         shuffle_block: neighbouring windows that stay together while 16 such blocks are mixed; 0 shuffles freely.
         options: `TextModule`'s. Only files of `moa data tokens` say where documents begin.
 
@@ -166,11 +166,12 @@ class TokenFiles(TextModule):
         description = self._description()
         name = self.tokenizer_name or description.get("tokenizer") or TOKENIZER
         if self.tokenizer_name is None and name != BYTES:
-            name = str(self._folder() / TOKENIZER)
-            if not os.path.isfile(name):
+            beside = [self._folder() / TOKENIZER, self._folder() / CHARACTERS]
+            name = next((str(path) for path in beside if path.is_file()), "")
+            if not name:
                 raise UserError(
-                    f"token files '{self.source}' have no tokenizer.json beside them: give data.tokenizer, a "
-                    "tokenizer.json or bytes"
+                    f"token files '{self.source}' have no tokenizer.json beside them, nor a {CHARACTERS}: give "
+                    "data.tokenizer, a tokenizer.json or bytes"
                 )
         tokenizer = open_tokenizer(name)
         if description.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:

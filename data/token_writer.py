@@ -234,8 +234,8 @@ def _finish(folder: Path, files: dict[str, SplitFile], used: Tokenizer, source: 
         if not file.tokens:
             file.path.unlink()
             file.starts_path.unlink()
-    if used.name != BYTES:
-        shutil.copyfile(Path(used.name).expanduser(), folder / TOKENIZER)
+    if used.content is not None:
+        (folder / TOKENIZER).write_bytes(used.content)
     description = {
         "version": VERSION,
         "source": list(source),

@@ -1,15 +1,19 @@
-"""Tokenizers: bytes, a byte-level BPE that is trained here, and any tokenizer.json whose tokens are pieces of text.
+"""Tokenizers: bytes, a byte-level BPE that is trained here, any tokenizer.json whose tokens are pieces of text, and
+nanoGPT's meta.pkl, a table of characters.
 
 Every token id has its bytes, read from the vocabulary once: decoding joins them, and their lengths make bits per byte
 right for any tokenizer. So a tokenizer that changes text (lower case, accents, NFKC, lost spaces) is refused. NFC
 (Qwen, GPT-NeoX) writes the same characters in their usual spelling and passes: bytes are then those of that spelling.
-None puts a space before a text, as Llama 2's file asks for: the bytes of the tokens are those of the text. Two families
-say their bytes: byte-level ones (GPT-2, Llama 3: a character of a token stands for one byte) and SentencePiece's (Llama
-2: a low line for a space, <0x0A> for a byte). The name of a special token that stands in a text is text like any other.
+None puts a space before a text, as Llama 2's file asks for: the bytes of the tokens are those of the text. Two
+families say their bytes: byte-level ones (GPT-2, Llama 3: a character of a token stands for one byte) and
+SentencePiece's (Llama 2: a low line for a space, <0x0A> for a byte); of a vocabulary of single characters they are
+plain. The name of a special token that stands in a text is text like any other.
 """
 
 import hashlib
+import io
 import json
+import pickle
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +24,7 @@ import numpy as np
 from moa_lightning.errors import UserError
 
 BYTES = "bytes"
+CHARACTERS = "meta.pkl"  # beside nanoGPT's token files where a token is a character
 END_OF_TEXT = "<|endoftext|>"
 NUL = "\0"  # what the tokenizer of bytes has between two texts
 # what tokenizers call the token between two texts, by falling rank
@@ -45,6 +50,8 @@ class Tokenizer(Protocol):
     """its name in the vocabulary"""
     needs_text: bool
     """whether documents must be UTF-8"""
+    content: bytes | None
+    """the tokenizer.json; None for bytes, which need none"""
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Token ids of each text, int64 (n,); the texts are UTF-8 where the tokenizer needs that."""
@@ -61,6 +68,7 @@ class ByteTokenizer:
     separator = 0
     separator_name = NUL
     needs_text = False
+    content = None
 
     def __init__(self) -> None:
         self.pieces = [bytes([value]) for value in range(256)]
@@ -82,10 +90,11 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A tokenizer.json of the package tokenizers, without the space that it may put before a text.
+    """A tokenizer.json of the package tokenizers, without the space that it may put before a text; or a meta.pkl.
 
     Raises:
-        UserError: no such file, no tokenizer, one that changes text, or whose tokens have no bytes or no end of text.
+        UserError: no such file, no tokenizer, one that changes text, or whose tokens have no bytes or no end of text;
+            in `encode`, a character that a vocabulary of single characters lacks.
     """
 
     needs_text = True
@@ -95,6 +104,8 @@ class JsonTokenizer:
 
         self.name = path
         content = _read(path)
+        if path.endswith(".pkl"):
+            content = _of_characters(path, content)
         try:
             self.library = Library.from_str(content.decode())
             parts = json.loads(content)
@@ -102,7 +113,9 @@ class JsonTokenizer:
             raise UserError(
                 f"tokenizer '{path}' is not a tokenizer.json ({_first_line(error)}): give another"
             ) from error
+        self.content = content
         self.pieces = _pieces(path, self.library, parts)
+        self.characters = frozenset(parts["model"]["vocab"]) if _has_characters(parts) else None
         exact = _exact(path, parts)
         if exact != parts:
             self.library = Library.from_str(json.dumps(exact))
@@ -119,6 +132,12 @@ class JsonTokenizer:
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         strings = [text.decode() for text in texts]
+        if self.characters is not None:
+            for string in strings:
+                if unknown := set(string) - self.characters:
+                    raise UserError(
+                        f"tokenizer '{self.name}' has no token for {min(unknown)!r}: take it out of the text"
+                    )
         encoded = self.library.encode_batch_fast(strings, add_special_tokens=False)
         return [np.array(one.ids, dtype=np.int64) for one in encoded]
 
@@ -128,8 +147,8 @@ class JsonTokenizer:
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a name: "bytes", or the path of a tokenizer.json. Errors as in `JsonTokenizer`. A file is read
-    once, and anew where it has changed."""
+    """The tokenizer of a name: "bytes", or the path of a tokenizer.json or meta.pkl. Errors as in `JsonTokenizer`. A
+    file is read once, and anew where it has changed."""
     if name == BYTES:
         return ByteTokenizer()
     path = Path(name)
@@ -178,6 +197,40 @@ def _read(path: str) -> bytes:
         raise UserError(
             f"tokenizer '{path}' cannot be read ({error.strerror}): give bytes or a tokenizer.json"
         ) from error
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, texts and containers of them; calls nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _of_characters(path: str, content: bytes) -> bytes:
+    """The tokenizer.json of a meta.pkl: nanoGPT's ids, and behind them the end of text that its files do without."""
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Library
+
+    try:
+        ids = _PlainUnpickler(io.BytesIO(content)).load()["stoi"]
+        known = all(isinstance(text, str) and len(text) == 1 and type(number) is int for text, number in ids.items())
+        if not ids or not known or sorted(ids.values()) != list(range(len(ids))):
+            raise ValueError("stoi does not number single characters from 0 on")
+        library = Library(models.BPE(vocab=ids, merges=[]))
+    except Exception as error:  # a pickle that is none raises whatever its bytes lead to
+        raise UserError(
+            f"'{path}' is no table of characters as nanoGPT's prepare.py writes it ({_first_line(error)}): give another"
+        ) from error
+    library.decoder = decoders.Fuse()
+    library.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
+    return library.to_str().encode()
+
+
+def _has_characters(parts: dict[str, Any]) -> bool:
+    """Whether the tokens of a tokenizer.json are single characters and nothing is done to text before them."""
+    model = parts["model"]
+    plain = model["type"] == "BPE" and not model["merges"] and not parts.get("normalizer")
+    return plain and not parts.get("pre_tokenizer") and all(len(token) == 1 for token in model["vocab"])
 
 
 def _first_line(error: Exception) -> str:
@@ -254,6 +307,8 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _piece_of(path: str, parts: dict[str, Any]) -> Any:
     """How this kind of tokenizer spells bytes: a function from token to bytes."""
+    if _has_characters(parts):
+        return str.encode
     # "type" of every part below these, and what stands in their patterns
     spelled = json.dumps(
         [parts.get("pre_tokenizer"), parts.get("decoder"), parts.get("normalizer")], ensure_ascii=False

@@ -1,6 +1,5 @@
 """The merged config of a run in its folder, and the tokenizer, so that the folder alone can write text."""
 
-import shutil
 from pathlib import Path
 
 import lightning as L
@@ -11,7 +10,7 @@ from ..run_folder import CONFIG, TOKENIZER, saved_settings
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes <run_dir>/config.yaml, and a copy of the tokenizer's file where there is one; a resumed run keeps these
+    """Writes <run_dir>/config.yaml, and the tokenizer's file where it needs one; a resumed run keeps these
     and writes config-resumed.yaml."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -27,5 +26,5 @@ class SaveRunConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         (folder / name).write_text(yaml.safe_dump(saved_settings(yaml.safe_load(text)), sort_keys=False))
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        if tokenizer is not None and Path(tokenizer.name).is_file() and not (folder / TOKENIZER).exists():
-            shutil.copyfile(tokenizer.name, folder / TOKENIZER)
+        if tokenizer is not None and tokenizer.content is not None and not (folder / TOKENIZER).exists():
+            (folder / TOKENIZER).write_bytes(tokenizer.content)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -338,6 +339,69 @@ def test_files_of_nanogpt_and_llm_c(bpe, tmp_path, magic, version, dtype):
     across = module.splits["train"].source.read(290, 310)
     assert across.tolist() == stream(module, "train")[290:310].tolist()
     assert find_tokens(str(tmp_path / "x_train_000000.bin"), np.dtype("<u2")).offset == HEADER_BYTES
+
+
+def nanogpt_folder(folder: Path, text: str) -> dict[str, int]:
+    """What nanoGPT's data/shakespeare_char/prepare.py writes: ids of the sorted characters as uint16, and its table."""
+    folder.mkdir(exist_ok=True)
+    ids = {character: number for number, character in enumerate(sorted(set(text)))}
+    for split, part in (("train", text[: len(text) * 9 // 10]), ("val", text[len(text) * 9 // 10 :])):
+        (folder / f"{split}.bin").write_bytes(np.array([ids[character] for character in part], "<u2").tobytes())
+    table = {"vocab_size": len(ids), "itos": {number: text for text, number in ids.items()}, "stoi": ids}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(table))
+    return ids
+
+
+def test_nanogpts_characters(tmp_path):
+    text = TEXT * 30
+    ids = nanogpt_folder(tmp_path / "char", text)
+    module = module_of(tmp_path / "char")
+    assert module.vocab_size == len(ids) + 1  # the end of text behind them
+    assert module.tokenizer.pieces[:-1] == [character.encode() for character in ids]
+    assert module.tokenizer.separator == len(ids)
+    both = [*stream(module, "train").tolist(), *stream(module, "val").tolist()]
+    assert both == module.encode(text)
+    assert module.decode(both) == text
+    assert module.token_bytes[both].sum() == len(text.encode())
+    assert "has no token for 'Q'" in message(lambda: module.encode("Quer"))
+    (tmp_path / "a.txt").write_text(text)
+    write_tokens([str(tmp_path / "a.txt")], str(tmp_path / "ours"), str(tmp_path / "char" / "meta.pkl"))
+    again = module_of(tmp_path / "ours")
+    assert again.tokenizer.sha256 == module.tokenizer.sha256
+    assert again.decode(stream(again, "train").tolist()).startswith(text[:100])
+    outside = json.loads(module.tokenizer.content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(outside))
+    assert open_tokenizer(str(tmp_path / "tokenizer.json")).pieces == module.tokenizer.pieces
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"nothing",
+        pickle.dumps([1, 2]),
+        pickle.dumps({"itos": {0: "a"}}),
+        pickle.dumps({"stoi": {}}),
+        pickle.dumps({"stoi": {"ab": 0}}),
+        pickle.dumps({"stoi": {"a": 1}}),
+        pickle.dumps({"stoi": {"a": 0, "b": 0}}),
+        pickle.dumps({"stoi": {"a": "0"}}),
+        pickle.dumps({"stoi": {"\ud800": 0}}),
+    ],
+)
+def test_a_table_of_characters_that_is_none(tmp_path, content):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    assert "is no table of characters" in message(lambda: open_tokenizer(str(tmp_path / "meta.pkl")))
+
+
+def test_a_table_of_characters_calls_nothing(tmp_path):
+    class Call:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "called"),))
+
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": Call()}))
+    assert "it names posix.mkdir" in message(lambda: open_tokenizer(str(tmp_path / "meta.pkl")))
+    assert not (tmp_path / "called").exists()
 
 
 def test_windows_of_byte_token_files_are_those_of_the_text(tmp_path):
