@@ -50,8 +50,10 @@ class Tokenizer(Protocol):
     """its name in the vocabulary"""
     needs_text: bool
     """whether documents must be UTF-8"""
-    content: bytes | None
-    """the tokenizer.json; None for bytes, which need none"""
+
+    @property
+    def content(self) -> bytes | None:
+        """The tokenizer.json; None for bytes, which need none."""
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Token ids of each text, int64 (n,); the texts are UTF-8 where the tokenizer needs that."""

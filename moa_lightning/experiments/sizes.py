@@ -64,6 +64,7 @@ def measure(arguments: Sequence[str]) -> Size:
     from moa_lightning.mistakes import mistakes, quiet
     from moa_lightning.planning.fake import NoValues
     from moa_lightning.planning.settings import read_settings
+    from tasks import DINO
 
     paths, options = split_arguments([*arguments, "--trainer.max_steps=1"])
     fragments = [load_config(path) for path in paths]
@@ -76,6 +77,8 @@ def measure(arguments: Sequence[str]) -> Size:
         for name, value in task.hparams.items():
             if value is None and hasattr(data, name):
                 task.hparams[name] = getattr(data, name)
+        if isinstance(task, DINO):
+            task.view_sizes = [*settings.view_sizes]  # a fit learns them from its batches
         with torch.device("meta"), NoValues():
             task.net = task.build(0)
         parameters = sum(p.numel() for p in task.net.parameters() if p.requires_grad)

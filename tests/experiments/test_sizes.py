@@ -35,6 +35,19 @@ def test_size_of_images_follows_the_data() -> None:
     assert wide.parameters == found.parameters + gates
 
 
+def test_a_step_of_dino_costs_what_its_views_cost() -> None:
+    configs = ["-c", "configs/vision/dino_tiny.yaml", "-c", "configs/data/mnist5k.yaml", "--model.out_dim=8"]
+    depths = {}
+    for views in ([], ["--data.transform.local_crops=3"]):
+        depths[len(views)] = [
+            measure([*configs, *views, f"--model.backbone_args.depth={depth}"]).flops_per_sample for depth in (1, 2)
+        ]
+    # a block on a class token and n patches: a global view of 28 pixels has 4 patches of 14, a local one has 1
+    block = {n: 2 * 12 * 128**2 * (n + 1) + 2 * 2 * 128 * (n + 1) ** 2 for n in (4, 1)}
+    assert depths[0][1] - depths[0][0] == pytest.approx((3 + 1) * 2 * block[4], rel=1e-2)
+    assert depths[1][1] - depths[1][0] == pytest.approx((3 + 1) * 2 * block[4] + 3 * 3 * block[1], rel=1e-2)
+
+
 def test_mistakes_are_those_of_fit() -> None:
     with pytest.raises(UserError, match=r"gpt\.depht"):
         measure(["-c", "configs/language/gpt_tiny.yaml", "-c", "configs/data/stdlib.yaml", "--model.gpt.depht=1"])
