@@ -1,8 +1,10 @@
 """moa generate: the same text as without a cache, streamed and in batches; mistakes in one sentence."""
 
+import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,8 @@ def test_texts_are_those_of_the_net_and_the_seed(moa: Moa, run: None) -> None:
     cold = moa(f"{command} --prompt qui --temperature 0")
     assert (cold.code, cold.err) == (0, "")
     assert cold.out == greedy_without_cache("qui", 8) + "\n"
+    for only_the_likeliest in ("--min_p 1", "--top_k 1", "--top_p 0.000001"):
+        assert moa(f"{command} --prompt qui --temperature 3 {only_the_likeliest}").out == cold.out
     drawn = [moa(f"{command} --prompt qui --seed {seed} --top_k 50 --top_p 0.9 --min_p 0.01").out for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -101,6 +105,37 @@ def test_characters_of_several_bytes_are_not_torn(capsys: pytest.CaptureFixture[
         options = generate._parser().parse_args(["--ckpt_path", "a", "--prompt", "x", *count])
         generate._write(Spelling(text), Bytes, "x", [1], 1, Sampling(0.0), options, alone=True)
         assert capsys.readouterr().out == f"x{text.decode(errors='replace')}\n"
+
+
+def test_a_text_is_written_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        shown = ""
+
+        def flush(self) -> None:
+            self.shown = self.getvalue()
+
+    class Counting:
+        context_length, weight = 64, torch.zeros(1)
+
+        def parameters(self):
+            return iter([self.weight])
+
+        def new_cache(self) -> None:
+            return None
+
+        def __call__(self, tokens: torch.Tensor, cache: None, *, last: int) -> torch.Tensor:
+            seen.append(screen.shown)
+            return torch.nn.functional.one_hot(torch.tensor([[ord("a") + len(seen) - 1]]), 256).float()
+
+    class Bytes:
+        tokenizer, vocab_size = open_tokenizer("bytes"), 256
+
+    screen, seen = Screen(), []
+    monkeypatch.setattr(sys, "stdout", screen)
+    options = generate._parser().parse_args(["--ckpt_path", "a", "--prompt", "x", "--max_new_tokens", "3"])
+    generate._write(Counting(), Bytes, "x", [1], 1, Sampling(0.0), options, alone=True)
+    assert seen[1:] == ["xa", "xab"]
+    assert screen.shown == "xabc\n"
 
 
 def test_budgets_branch_from_one_stable_run(moa: Moa, words: None) -> None:

@@ -12,7 +12,7 @@ from moa_lightning.models.trunk import Cache
 from moa_lightning.moe import MoEConfig
 from moa_lightning.parallel import checkpoint_blocks
 from moa_lightning.sampling import Sampling
-from tests.models.nets import FFNS, fragment, shake
+from tests.models.nets import FFNS, PLACES, fragment, shake
 
 VOCAB, CONTEXT = 13, 10
 ROUTERS = {
@@ -64,6 +64,15 @@ def test_no_output_depends_on_a_later_token(ffn: str, router: str) -> None:
     assert audit(net.train()) < 1e-12
     assert audit(net.eval()) < 1e-12
     assert largest_change_before(net, 6) < 1e-12
+
+
+@every_router
+@pytest.mark.parametrize("place", PLACES)
+def test_nor_with_mixes_in_other_places(place: str, router: str) -> None:
+    net = shake(gpt(fragment(place), ROUTERS[router])).double()
+    size = float(net(tokens(1)).detach().abs().max())  # up to 3e5: a mix in the place of a norm bounds nothing
+    assert audit(net.train()) < 1e-12 * size
+    assert audit(net.eval()) < 1e-12 * size
 
 
 @every_ffn
