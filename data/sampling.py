@@ -35,10 +35,14 @@ def epoch_order(size: int, seed: int, epoch: int, block: int = 0, window: int = 
     generator = torch.Generator().manual_seed(named_seed(seed, f"order of epoch {epoch}"))
     if not block:
         return torch.randperm(size, generator=generator)
-    blocks = torch.arange(size).split(block)
-    shuffled = torch.cat([blocks[i] for i in torch.randperm(len(blocks), generator=generator).tolist()])
-    windows = shuffled.split(block * window)
-    return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in windows])
+    order, filled = torch.empty(size, dtype=torch.int64), 0  # written in place: a large text has millions of samples
+    for number in torch.randperm(-(-size // block), generator=generator).tolist():
+        start, stop = number * block, min((number + 1) * block, size)
+        torch.arange(start, stop, out=order[filled : filled + stop - start])
+        filled += stop - start
+    for part in order.split(block * window):
+        part.copy_(part[torch.randperm(len(part), generator=generator)])
+    return order
 
 
 class TrainBatches(Sampler[list[Key]]):
