@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from moa_lightning import FeedForward, FFNConfig, UserError
@@ -123,6 +124,30 @@ def test_grouped_products_equal_the_loop(ffn: str, router: str) -> None:
     ours, theirs = gradients(narrow, x.float(), lambda x: narrow(x)[0]), gradients(wide, x, lambda x: wide(x)[0])
     for name, gradient in ours.items():
         assert (gradient - theirs[name]).norm() < 2e-5 * theirs[name].norm() + 1e-6, name
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations, those of the backward pass too."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("router", ["token_choice", "expert_choice"])
+@pytest.mark.parametrize("ffn", FFNS)
+def test_more_experts_are_not_more_operations(ffn: str, router: str, dtype: torch.dtype) -> None:
+    counts = []
+    for experts in (4, 32):
+        chosen = {"top_k": 2} if router == "token_choice" else {"router": router, "capacity_factor": 1.5}
+        moe, x = MoE(16, FFNS[ffn], MoEConfig(experts, **chosen)).to(dtype), torch.randn(2, 40, 16, dtype=dtype)
+        with Calls() as calls:
+            moe(x)[0].sum().backward()
+        counts.append(calls.number)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
