@@ -277,7 +277,8 @@ def interval(paired: Paired) -> str:
     if math.isnan(paired.low):
         return f"{paired.mean:+.2g}"
     places = _decimals((paired.high - paired.low) / 2)
-    return f"{paired.mean:+.{places}f} [{paired.low:+.{places}f}, {paired.high:+.{places}f}]"
+    mean, low, high = (f"{value:+z.{places}f}" for value in (paired.mean, paired.low, paired.high))  # z: no -0
+    return f"{mean} [{low}, {high}]"
 
 
 def _decimals(uncertainty: float) -> int:

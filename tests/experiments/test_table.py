@@ -11,7 +11,8 @@ from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Run, See
 from moa_lightning.experiments.runner import make_schedule
 from moa_lightning.experiments.schedule import Schedule
 from moa_lightning.experiments.state import Result, State
-from moa_lightning.experiments.table import Row, headings, make_rows, print_table, write_tables
+from moa_lightning.experiments.statistics import Paired
+from moa_lightning.experiments.table import Row, headings, interval, make_rows, print_table, write_tables
 
 TASK = GridTask("language", (), "val/loss", "min")
 
@@ -55,6 +56,11 @@ def test_rounding_follows_the_spread(tmp_path: Path) -> None:
     )
     assert cells(baseline)[0] == "130 ± 30"
     assert cells(moa)[0] == "1.000040 ± 0.000020"
+
+
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    paired = Paired(n=4, mean=-0.0004, sd=1.0, low=-1.5, high=1.5, t=0.0, p=1.0, verdict="")
+    assert interval(paired) == "+0.0 [-1.5, +1.5]"
 
 
 def test_missing_and_diverged_runs(tmp_path: Path) -> None:
