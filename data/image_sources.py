@@ -274,7 +274,8 @@ def read_folder(folder: str, channels: int, fractions: dict[str, float]) -> Sour
     stays on its side when others are added.
 
     Raises:
-        UserError: missing or empty folder, empty file, a class that training lacks.
+        UserError: missing or empty folder, empty file, a class that training lacks, a val/ without classes where
+            training has them.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -283,6 +284,11 @@ def read_folder(folder: str, channels: int, fractions: dict[str, float]) -> Sour
     trees = {"train" if path == root else path.name: (path, _image_files(path)) for path in given}
     base, names = trees["train"]
     classes = sorted({name for name in map(_class_of, names) if name})
+    if classes and "val" in trees and not any(map(_class_of, trees["val"][1])):
+        raise UserError(
+            f"'{trees['val'][0]}' holds images without folders of classes (ImageNet's archive comes so), and "
+            f"'{base}' has {len(classes)} classes: sort them into such folders, or move them away"
+        )
     wanted = () if "val" in trees else ("val", "test")
     missing = {name: fractions[name] for name in wanted if name not in trees}
     chosen = split_names(names, missing.get("val", 0.0), missing.get("test", 0.0))

@@ -28,8 +28,9 @@ def export_command(argv: list[str]) -> None:
         "--to",
         choices=("safetensors", "timm", "hf", "run"),
         default="safetensors",
-        help="safetensors: the whole net in one file (default); timm: the encoder of MAE or DINO for timm; hf: a "
-        "folder for transformers, of a language model and its tokenizer; run: one task of a joint run as its own run",
+        help="safetensors: the whole net in one file (default); timm: the encoder of MAE or DINO, or a classifier, for "
+        "timm; hf: a folder for transformers, of a language model and its tokenizer; run: one task of a joint run as "
+        "its own run",
     )
     parser.add_argument("--part", choices=DOMAINS, help="run: which task")
     parser.add_argument("--weights", choices=("average", "last"), help=WEIGHTS_HELP)

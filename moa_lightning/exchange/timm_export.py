@@ -1,9 +1,11 @@
-"""`moa export --to timm`: the encoder of a run as a model of timm, or as `moa_vit` where its layers are not timm's.
+"""`moa export --to timm`: the vision transformer of a run as a model of timm, or as `moa_vit` where its layers are not
+timm's.
 
-Of MAE it is the encoder, of DINO the teacher's backbone. Where every feed-forward layer computes what timm's layer does
-(a fixed activation, the same widths), the tensors get timm's names and plain timm loads the file. Otherwise, for LA and
-MoA above all, they keep ours, and `import moa_lightning; timm.create_model("moa_vit", file=...)` loads it. Either way
-the net of the file is built and run beside the run's own before the file is written.
+Of MAE it is the encoder, of DINO the teacher's backbone, of ImageClassification all, with its head. Where every
+feed-forward layer computes what timm's layer does (a fixed activation, the same widths), the tensors get timm's names
+and plain timm loads the file. Otherwise, for LA and MoA above all, they keep ours, and `import moa_lightning;
+timm.create_model("moa_vit", file=...)` loads it. Either way the net of the file is built and run beside the run's own
+before the file is written.
 """
 
 import json
@@ -24,7 +26,7 @@ from ..injection import inject
 from ..injection_adapters import activation_name
 from ..models.vit import build_vit, pooled, untouched_tokens
 
-ENCODERS = ("encoder.", "teacher.backbone.")  # of MAE, of DINO
+MAE, DINO, CLASSIFIER = "encoder.", "teacher.backbone.", "vit."  # where a task's net has its transformer
 MEAN_OF_PATCHES = {"global_pool": "avg", "fc_norm": False}  # after the last norm, as MAE's features are
 MEAN_OF_PATCHES_EVA = {"global_pool": "avg", "use_fc_norm": False}
 LARGEST = 1e-6  # relative difference of features that is rounding
@@ -40,7 +42,7 @@ class Encoder(NamedTuple):
 
 
 def encoder_of(net: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Encoder:
-    """The encoder of a run.
+    """The encoder of a run, or its classifier.
 
     Args:
         net: the tensors of its net by name.
@@ -49,20 +51,25 @@ def encoder_of(net: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Encode
     Raises:
         UserError: the run has no vision transformer.
     """
-    prefix = next((p for p in ENCODERS if any(name.startswith(p) for name in net)), None)
+    prefix = next((p for p in (MAE, DINO, CLASSIFIER) if any(name.startswith(p) for name in net)), None)
     if prefix is None:
-        raise UserError("the run has no encoder for timm: --to timm is for runs of MAE and DINO")
+        raise UserError("the run has no encoder for timm: --to timm is for runs of MAE, DINO and ImageClassification")
     tensors = {name.removeprefix(prefix): tensor for name, tensor in net.items() if name.startswith(prefix)}
     options, config = dict(settings["backbone_args"]), FFNConfig(**settings["ffn"])
-    if prefix == ENCODERS[0]:
+    classes = settings["num_classes"] if prefix == CLASSIFIER else 0
+    if prefix == CLASSIFIER:
+        options["global_pool"] = settings["pool"]
+    if prefix == MAE:
         options = {**{k: v for k, v in options.items() if k != "global_pool"}, **untouched_tokens(settings["backbone"])}
     name, size, channels = settings["backbone"], settings["image_size"], settings["channels"]
     run: nn.Module = build_vit(name, config, size, channels, 0, **options)
+    if classes:
+        run.reset_classifier(classes)  # type: ignore[operator]
     run.load_state_dict(tensors)
-    mean = prefix == ENCODERS[0] and "global_pool" in options
+    mean = prefix == MAE and "global_pool" in options
     if mean:
         options |= MEAN_OF_PATCHES_EVA if isinstance(run, Eva) else MEAN_OF_PATCHES
-    options = {"num_classes": 0, "img_size": size, "in_chans": channels, **options}
+    options = {"num_classes": classes, "img_size": size, "in_chans": channels, **options}
     written = timm.create_model(name, **options)
     state = timm_state(run, written)
     if state is None:
@@ -80,14 +87,14 @@ def encoder_of(net: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Encode
 
 @torch.no_grad()
 def _check_same(run: Any, written: Any, mean: bool, shape: tuple[int, ...]) -> None:
-    """RuntimeError unless both nets give the same tokens and the same vector for an image of noise."""
+    """RuntimeError unless both nets give the same tokens and the same vector or logits for an image of noise."""
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tokens, found = (net.eval().forward_features(image) for net in (run, written))
     vector = pooled(run, tokens) if mean else run(image)
     for expected, ours in ((tokens, found), (vector, written(image))):
         difference = float((ours - expected).norm() / expected.norm())
         if not difference <= LARGEST:
-            raise RuntimeError(f"the exported encoder differs from the run's by {difference:.2g} of its features")
+            raise RuntimeError(f"the exported encoder differs from the run's by {difference:.2g} of its outputs")
 
 
 def timm_state(ours: nn.Module, theirs: nn.Module) -> dict[str, Tensor] | None:

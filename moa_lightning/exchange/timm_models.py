@@ -73,7 +73,8 @@ def moa_vit(
         file: safetensors of moa export; says backbone, ffn and options, and has the weights.
         backbone: timm model name.
         ffn: fields of FFNConfig.
-        options: of the timm model; they win over the file's. With num_classes a fresh classifier stands on top.
+        options: of the timm model; they win over the file's. With another number of classes than the file's a fresh
+            classifier stands on top, with none (num_classes=0) nothing.
 
     Raises:
         UserError: neither file nor backbone, or a file that moa export has not written.
@@ -96,8 +97,13 @@ def moa_vit(
     net = create_model(backbone, **options)
     inject(net, FFNConfig(**(ffn or {})))
     if tensors:
-        fresh = {key: value for key, value in net.state_dict().items() if key.startswith(HEADS)}
-        net.load_state_dict({**fresh, **tensors})
+        heads = {key: value for key, value in net.state_dict().items() if key.startswith(HEADS)}
+        kept = {
+            key: value
+            for key, value in tensors.items()
+            if not key.startswith(HEADS) or (key in heads and heads[key].shape == value.shape)
+        }
+        net.load_state_dict({**heads, **kept})
     return net
 
 

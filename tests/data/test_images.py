@@ -170,6 +170,14 @@ def test_split_folders_are_respected(tmp_path):
     assert len(parts["test"].labels) == 7
 
 
+def test_imagenets_validation_images_as_its_archive_has_them_are_refused(tmp_path):
+    for name in ("n01440764", "n01443537"):
+        write_pictures(tmp_path / "train" / name, 6)
+    write_pictures(tmp_path / "val", 5)
+    with pytest.raises(UserError, match=r"val' holds images without folders of classes .* has 2 classes: sort them"):
+        folder_images(tmp_path).read()
+
+
 def test_a_flat_folder_has_no_labels(tmp_path):
     write_pictures(tmp_path / "flat", 30)
     module = folder_images(tmp_path / "flat", channels=1)

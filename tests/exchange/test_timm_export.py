@@ -14,7 +14,7 @@ from torch import nn
 from moa_lightning import FFNConfig, UserError
 from moa_lightning.cli import main
 from moa_lightning.models import GPTConfig
-from tasks import DINO, MAE, LanguageModeling, Task
+from tasks import DINO, MAE, ImageClassification, LanguageModeling, Task
 from tests.models.families import IMAGE, SMALL, images
 from tests.models.nets import fragment, shake
 
@@ -33,6 +33,13 @@ def run_of(kind: type[Task], name: str, ffn: FFNConfig) -> Task:
         task: Task = MAE(name, SMALL, ffn, decoder_dim=16, decoder_depth=1, decoder_heads=2, **SIZES)
     else:
         task = DINO(name, SMALL, ffn, out_dim=8, head_hidden_dim=8, head_bottleneck_dim=4, **SIZES)
+    task.configure_model()
+    shake(task.net)
+    return task.eval()
+
+
+def classifier_of(name: str, ffn: FFNConfig, pool: str) -> Task:
+    task = ImageClassification(name, SMALL, ffn, pool=pool, num_classes=7, drop_path_rate=0.1, **SIZES)
     task.configure_model()
     shake(task.net)
     return task.eval()
@@ -88,6 +95,38 @@ def test_other_encoders_are_loaded_under_a_registered_name(kind: type[Task], ffn
     assert classifier(images()).shape == (2, 5)
     encoder = {key: value for key, value in classifier.state_dict().items() if not key.startswith("head")}
     assert all(torch.equal(value, loaded(line).state_dict()[key]) for key, value in encoder.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"), [(NAMES[0], "avg"), (NAMES[0], "token"), (NAMES[1], "token"), (NAMES[3], "avg")]
+)
+def test_a_fixed_classifier_is_timms_own(name: str, pool: str, tmp_path, capsys) -> None:
+    gated = "eva02" in name
+    task = classifier_of(name, FFNConfig(form="gated", activation="silu") if gated else FFNConfig(), pool)
+    code, _ = export(task, tmp_path)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert code == 0
+    assert line.startswith(f'timm.create_model("{name}", checkpoint_path=')
+    with torch.no_grad():
+        expected = task(images())
+        assert expected.shape == (2, 7)
+        assert (loaded(line)(images()) - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("ffn", ["la", "moa"])
+def test_other_classifiers_are_loaded_under_a_registered_name(ffn: str, tmp_path, capsys) -> None:
+    task = classifier_of(NAMES[0], fragment(ffn), "avg")
+    code, out = export(task, tmp_path)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert (code, line) == (0, f"import moa_lightning; timm.create_model(\"moa_vit\", file='{out}')")
+    with torch.no_grad():
+        logits, features = task(images()), task.features(images())
+        assert (loaded(line)(images()) - logits).norm() <= 1e-6 * logits.norm()
+        bare = timm.create_model("moa_vit", file=str(out), num_classes=0)
+        assert (bare.eval()(images()) - features).norm() <= 1e-6 * features.norm()
+    other = timm.create_model("moa_vit", file=str(out), num_classes=5)
+    assert other(images()).shape == (2, 5)
+    assert torch.equal(other.state_dict()["fc_norm.weight"], task.net.state_dict()["vit.fc_norm.weight"])
 
 
 def test_the_name_is_known_in_either_order_of_imports(tmp_path: Path) -> None:
