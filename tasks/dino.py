@@ -242,11 +242,11 @@ class DINO(SelfSupervised):
         student, teacher, *patches = self.outputs(batch)
         temperature = self.teacher_temperature()
         loss, entropy = self.loss(student, teacher, temperature)
-        self.loss.update_center(teacher)
+        self.loss.note(teacher)
         parts = {"dino": loss}
         if self.ibot is not None:
             parts["ibot"] = self.patch_loss(*patches, batch["masked_weights"], temperature)
-            self.patch_loss.update_center(patches[1])
+            self.patch_loss.note(patches[1])
             loss = loss + self.ibot.weight * parts["ibot"]
         weight = self.hparams["koleo_weight"]
         if weight:
@@ -280,6 +280,8 @@ class DINO(SelfSupervised):
         return h["teacher_temperature_start"] + rise * (h["teacher_temperature"] - h["teacher_temperature_start"])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for loss in (self.loss, self.patch_loss) if self.ibot is not None else (self.loss,):
+            loss.move_center()  # once a step, however many micro-batches it has
         if self.progress < self.hparams["freeze_last_layer"]:
             student = self.net.student
             for head in filter(None, (student.head, student.patch_head)):

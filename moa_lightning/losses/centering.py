@@ -69,6 +69,7 @@ class CenteredLoss(nn.Module):
         self.student_temperature, self.center_momentum = student_temperature, center_momentum
         self.centering = centering
         self.register_buffer("center", torch.zeros(1, out_dim))
+        self._noted: list[tuple[Tensor, int]] = []  # sums (1, K) and numbers of outputs since the centre moved
 
     @torch.no_grad()
     def log_targets(self, teacher: Tensor, temperature: float) -> Tensor:
@@ -78,17 +79,30 @@ class CenteredLoss(nn.Module):
             return sinkhorn_knopp(teacher.to(dtype) / temperature)
         return F.log_softmax((teacher.to(dtype) - self.center.to(dtype)) / temperature, dim=-1)
 
-    @torch.no_grad()
     def update_center(self, teacher: Tensor) -> None:
-        """Move the centre towards the mean of the teacher's outputs (n, K), over all processes.
+        """Move the centre towards the mean of the teacher's outputs (n, K), over all processes."""
+        self.note(teacher)
+        self.move_center()
+
+    @torch.no_grad()
+    def note(self, teacher: Tensor) -> None:
+        """Remember the teacher's outputs (n, K) of a micro-batch for the next move of the centre."""
+        if self.centering == "mean":
+            self._noted.append((teacher.to(self.center.dtype).sum(0, keepdim=True), len(teacher)))
+
+    @torch.no_grad()
+    def move_center(self) -> None:
+        """Move the centre towards the mean of all outputs noted since the last move, over all processes.
 
         A mean that is not finite is left out: it would stay in the centre for ever, while the optimiser's step is
         skipped. So is that of no outputs at all.
         """
-        if self.centering != "mean":
+        if not self._noted:
             return
-        total = teacher.to(self.center.dtype).sum(0, keepdim=True)
-        count = total.new_full((), len(teacher))  # torch.tensor would have the host wait for a copy to the device
+        sums, counts = zip(*self._noted, strict=True)
+        self._noted.clear()
+        total = sum(sums[1:], start=sums[0])
+        count = total.new_full((), sum(counts))  # torch.tensor would have the host wait for a copy to the device
         if _distributed():
             dist.all_reduce(total)
             dist.all_reduce(count)
