@@ -59,7 +59,10 @@ def build_vit(name: str, ffn: FFNConfig, image_size: int, channels: int, seed: i
         except Exception as error:  # whatever timm trips over, the reason is what it was given
             raise UserError(f"timm cannot build '{name}' with img_size={image_size}, {options}: {error}") from error
     net.timm_activation = first_activation(net)
-    inject(net, ffn, seed=seed, untrained=True)
+    try:
+        inject(net, ffn, seed=seed, untrained=True)
+    except UserError as error:
+        raise UserError(f"timm model '{name}': {error}") from error
     return net
 
 
@@ -102,8 +105,8 @@ def make_maskable(net: Any, name: str) -> PatchSelector:
     """Give a timm ViT a PatchSelector; UserError for models whose forward pass cannot leave patches out."""
     if not hasattr(net, "patch_drop") or not is_plain(net):
         raise UserError(
-            f"'{name}' cannot leave out masked patches (window attention, relative position biases or a convolutional "
-            "stem); use a plain timm ViT, DeiT-III, EVA-02, DINOv2 or DINOv3 model"
+            f"'{name}' cannot leave out masked patches (it has window attention, relative position biases, a "
+            "convolutional stem, class attention, a hierarchy or a forward pass of its own); use a plain timm ViT, DeiT-III, EVA-02, DINOv2 or DINOv3 model"
         )
     net.patch_drop = selector = PatchSelector(int(net.num_prefix_tokens), return_indices=isinstance(net, Eva))
     return selector
