@@ -147,9 +147,15 @@ class SelfDistillation(nn.Module):
         def build(drop_path: float) -> ProjectedViT:
             dropped = {"drop_path_rate": drop_path} if drop_path else {}
             options = {"dynamic_img_size": True, **dropped, **backbone_args}
-            vit = build_vit(backbone, ffn, image_size, channels, seed, **options)
+            not_plain = f"'{backbone}' is not a plain vision transformer, which multi-crop training needs"
+            try:
+                vit = build_vit(backbone, ffn, image_size, channels, seed, **options)
+            except UserError as error:
+                if "'dynamic_img_size'" in str(error):  # timm's model has one size only
+                    raise UserError(f"{not_plain}: it takes images of one size") from error
+                raise
             if not is_plain(vit):
-                raise UserError(f"'{backbone}' is not a plain vision transformer, which multi-crop training needs")
+                raise UserError(not_plain)
             check_size(vit, image_size)
             if ibot is not None:
                 check_grid(vit.patch_embed.grid_size, ibot)

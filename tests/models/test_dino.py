@@ -315,7 +315,7 @@ def test_images_and_crops_that_do_not_divide_into_patches_are_refused() -> None:
 
 @pytest.mark.parametrize(("name", "size"), NOT_PLAIN.items())
 def test_nets_that_take_no_crops_of_other_sizes_are_refused_by_name(name: str, size: int) -> None:
-    with torch.device("meta"), pytest.raises(UserError, match=name):
+    with torch.device("meta"), pytest.raises(UserError, match=f"'{name}' is not a plain vision transformer"):
         SelfDistillation(name, {}, FFNConfig(), size, 3, out_dim=8)
 
 
