@@ -106,7 +106,8 @@ def make_maskable(net: Any, name: str) -> PatchSelector:
     if not hasattr(net, "patch_drop") or not is_plain(net):
         raise UserError(
             f"'{name}' cannot leave out masked patches (it has window attention, relative position biases, a "
-            "convolutional stem, class attention, a hierarchy or a forward pass of its own); use a plain timm ViT, DeiT-III, EVA-02, DINOv2 or DINOv3 model"
+            "convolutional stem, class attention, a hierarchy or a forward pass of its own); use a plain timm ViT, "
+            "DeiT-III, EVA-02, DINOv2 or DINOv3 model"
         )
     net.patch_drop = selector = PatchSelector(int(net.num_prefix_tokens), return_indices=isinstance(net, Eva))
     return selector
