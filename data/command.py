@@ -54,7 +54,7 @@ def _parser() -> Parser:
     )
     tokenizer.add_argument("--out", required=True, help="file to write; must not exist")
     _add_documents(tokens)
-    tokens.add_argument("--tokenizer", default=BYTES, help="bytes (the default), or a tokenizer.json")
+    tokens.add_argument("--tokenizer", default=BYTES, help="bytes (the default), a tokenizer.json or a meta.pkl")
     _add_folder(tokens, 0.05)
     return parser
 

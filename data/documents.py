@@ -96,7 +96,7 @@ def read_corpus(source: str | Sequence[str], encoding: Encoding = "bytes", on_ba
 
     Args:
         source: "stdlib", or what `file_documents` takes.
-        encoding: "bytes" takes every file that is not packed, "utf-8" only what is valid UTF-8.
+        encoding: "bytes" takes every file that is not packed or JSON lines, "utf-8" only what is valid UTF-8.
         on_bad: with "skip" files that are not are left out, with "raise" they are fatal.
 
     Raises:
@@ -120,7 +120,10 @@ def read_corpus(source: str | Sequence[str], encoding: Encoding = "bytes", on_ba
 def _fault(document: Document, encoding: Encoding) -> str | None:
     """What is wrong with a text file, in words."""
     packing = packing_of(document.content)
-    if packing or document.name.lower().endswith(_LINES):
+    name = document.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if packing and name.endswith(_LINES):
+        return f"holds {packing} of JSON lines and no plain text: write token files with moa data tokens"
+    if packing or name.endswith(_LINES):
         what, remedy = (packing, "unpack it") if packing else ("a JSON object a line", "rename it to train on JSON")
         return f"holds {what} and no plain text: {remedy}, or write token files with moa data tokens"
     place = None if encoding == "bytes" else invalid_utf8(document.content)

@@ -86,7 +86,7 @@ class LabelledText(TokenModule):
     """Base of the modules of labelled text. Subclasses say what the rows are.
 
     Args:
-        tokenizer: "bytes" or a tokenizer.json: that of the language model whose weights are taken.
+        tokenizer: "bytes", a tokenizer.json or a meta.pkl: that of the language model whose weights are taken.
         options: `TokenModule`'s.
 
     Attributes:

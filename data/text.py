@@ -242,8 +242,8 @@ class TextFiles(TextModule):
     """Plain text files, or the standard library of the running interpreter.
 
     Args:
-        source: "stdlib", or a file, a folder (all files in it), a glob, or a list of these. Files are split by a hash
-            of their beginnings, those of stdlib by one of their names; fewer than three files are split by position:
+        source: "stdlib", or a file, a folder (all files in it), a glob, or a list of these; no JSON lines. Files are
+            split by a hash of their beginnings, those of stdlib by one of their names; fewer than three by position:
             training text first, then val, then test. All of it is held in memory, about once its size; for more than
             fits there are TokenFiles and TextShards, which `moa data` writes from any number of files.
         val_fraction: share of the files (or of the bytes, when split by position) for validation.

@@ -84,7 +84,7 @@ def write_tokens(
     Args:
         source: "stdlib", or files, folders and globs, see `sources.documents`.
         out: folder to write; it must not exist or be empty.
-        tokenizer: "bytes", or a tokenizer.json.
+        tokenizer: "bytes", a tokenizer.json, or nanoGPT's meta.pkl.
         val_fraction: share of the documents for validation.
         test_fraction: the same for testing.
         text_field: key or column that holds the text.

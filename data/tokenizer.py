@@ -106,7 +106,7 @@ class JsonTokenizer:
 
         self.name = path
         content = _read(path)
-        if path.endswith(".pkl"):
+        if path.lower().endswith(".pkl"):
             content = _of_characters(path, content)
         try:
             self.library = Library.from_str(content.decode())
@@ -197,7 +197,7 @@ def _read(path: str) -> bytes:
         return Path(path).expanduser().read_bytes()
     except OSError as error:
         raise UserError(
-            f"tokenizer '{path}' cannot be read ({error.strerror}): give bytes or a tokenizer.json"
+            f"tokenizer '{path}' cannot be read ({error.strerror}): give bytes, a tokenizer.json or a meta.pkl"
         ) from error
 
 
@@ -210,28 +210,31 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def _of_characters(path: str, content: bytes) -> bytes:
     """The tokenizer.json of a meta.pkl: nanoGPT's ids, and behind them the end of text that its files do without."""
-    from tokenizers import AddedToken, decoders, models
-    from tokenizers import Tokenizer as Library
-
     try:
         ids = _PlainUnpickler(io.BytesIO(content)).load()["stoi"]
         known = all(isinstance(text, str) and len(text) == 1 and type(number) is int for text, number in ids.items())
         if not ids or not known or sorted(ids.values()) != list(range(len(ids))):
             raise ValueError("stoi does not number single characters from 0 on")
-        library = Library(models.BPE(vocab=ids, merges=[]))
+        for text in ids:
+            text.encode()
     except Exception as error:  # a pickle that is none raises whatever its bytes lead to
         raise UserError(
             f"'{path}' is no table of characters as nanoGPT's prepare.py writes it ({_first_line(error)}): give another"
         ) from error
-    library.decoder = decoders.Fuse()
-    library.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
-    return library.to_str().encode()
+    end = {"id": len(ids), "content": END_OF_TEXT, "special": True, "normalized": False}
+    parts = {
+        "version": "1.0",
+        "added_tokens": [end | {"single_word": False, "lstrip": False, "rstrip": False}],
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "vocab": dict(sorted(ids.items(), key=lambda item: item[1])), "merges": []},
+    }
+    return json.dumps(parts).encode()  # by hand: the package writes other bytes in other versions
 
 
 def _has_characters(parts: dict[str, Any]) -> bool:
     """Whether the tokens of a tokenizer.json are single characters and nothing is done to text before them."""
-    model = parts["model"]
-    plain = model["type"] == "BPE" and not model["merges"] and not parts.get("normalizer")
+    model = parts["model"]  # old files do not say its type
+    plain = model.get("type", "BPE") == "BPE" and not model.get("merges", True) and not parts.get("normalizer")
     return plain and not parts.get("pre_tokenizer") and all(len(token) == 1 for token in model["vocab"])
 
 

@@ -279,8 +279,17 @@ class DINO(SelfSupervised):
         rise = min(1.0, self.progress / warmup) if warmup else 1.0
         return h["teacher_temperature_start"] + rise * (h["teacher_temperature"] - h["teacher_temperature_start"])
 
+    def _centered(self) -> list[Any]:
+        """The losses with a centre."""
+        return [self.loss] if self.ibot is None else [self.loss, self.patch_loss]
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        for loss in self._centered():
+            loss.forget()  # a fit that was broken off between two micro-batches
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for loss in (self.loss, self.patch_loss) if self.ibot is not None else (self.loss,):
+        for loss in self._centered():
             loss.move_center()  # once a step, however many micro-batches it has
         if self.progress < self.hparams["freeze_last_layer"]:
             student = self.net.student

@@ -80,7 +80,7 @@ def export(checkpoint: str, out: Path, weights: str | None = None, for_timm: boo
         checkpoint: a file or a folder of shards.
         out: the safetensors file.
         weights: "average" or "last" ones; None: those that the run evaluates.
-        for_timm: the encoder alone, see timm_export.py.
+        for_timm: the encoder or classifier alone, see timm_export.py.
 
     Returns:
         Number of tensors, bytes of the file, and the line of Python that loads it where that is timm's.

@@ -22,7 +22,8 @@ from ..errors import UserError
 
 NAME = "moa_vit"
 FROM_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # what create_model hands to every model
-HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")  # belong to a classifier, which starts anew
+# belong to a classifier, which starts anew where the file has none that fits
+HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 
 
 def register() -> None:

@@ -90,6 +90,10 @@ class CenteredLoss(nn.Module):
         if self.centering == "mean":
             self._noted.append((teacher.to(self.center.dtype).sum(0, keepdim=True), len(teacher)))
 
+    def forget(self) -> None:
+        """Leave out what was noted since the last move."""
+        self._noted.clear()
+
     @torch.no_grad()
     def move_center(self) -> None:
         """Move the centre towards the mean of all outputs noted since the last move, over all processes.

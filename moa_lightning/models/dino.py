@@ -151,8 +151,8 @@ class SelfDistillation(nn.Module):
             try:
                 vit = build_vit(backbone, ffn, image_size, channels, seed, **options)
             except UserError as error:
-                if "'dynamic_img_size'" in str(error):  # timm's model has one size only
-                    raise UserError(f"{not_plain}: it takes images of one size") from error
+                if "img_size'" in str(error.__cause__):  # timm's model takes one size, or knows none
+                    raise UserError(not_plain) from error
                 raise
             if not is_plain(vit):
                 raise UserError(not_plain)

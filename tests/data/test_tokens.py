@@ -394,6 +394,13 @@ def test_a_table_of_characters_that_is_none(tmp_path, content):
     assert "is no table of characters" in message(lambda: open_tokenizer(str(tmp_path / "meta.pkl")))
 
 
+def test_old_files_do_not_say_what_kind_of_model_they_hold(bpe, tmp_path):
+    parts = json.loads(Path(bpe).read_text())
+    del parts["model"]["type"]  # as GPT-2's own file on the hub
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    assert open_tokenizer(str(tmp_path / "tokenizer.json")).pieces == open_tokenizer(bpe).pieces
+
+
 def test_a_table_of_characters_calls_nothing(tmp_path):
     class Call:
         def __reduce__(self):

@@ -128,6 +128,15 @@ def test_unequal_parts_of_two_processes_make_the_targets_and_the_centre_of_one(m
     mean = CenteredLoss(7).double()
     mean.update_center(teacher)
     parts = list(teacher.split(list(sizes)))
+    several = CenteredLoss(7).double()
+    for part in parts:  # micro-batches of one step
+        several.note(part)
+        assert several.center.abs().max() == 0
+    several.move_center()
+    assert torch.allclose(several.center, mean.center, rtol=0, atol=1e-15)
+    several.move_center()
+    assert torch.allclose(several.center, mean.center, rtol=0, atol=1e-15), "nothing was noted since"
+
     monkeypatch.setattr(module, "dist", Reducer(2))
     found = on_each(parts, lambda part: CenteredLoss(7, centering="sinkhorn_knopp").log_targets(part, 0.1))
     assert torch.allclose(torch.cat(found), whole, rtol=0, atol=1e-12)

@@ -319,6 +319,11 @@ def test_nets_that_take_no_crops_of_other_sizes_are_refused_by_name(name: str, s
         SelfDistillation(name, {}, FFNConfig(), size, 3, out_dim=8)
 
 
+def test_a_mistake_in_the_options_is_named() -> None:
+    with torch.device("meta"), pytest.raises(UserError, match="unexpected keyword argument 'embed_dmi'"):
+        SelfDistillation(FAMILIES[0], {"embed_dmi": 48}, FFNConfig(), IMAGE, 3, out_dim=8)
+
+
 def test_the_maps_of_a_compiled_net_are_those_of_the_same_net() -> None:
     net = dino()
     expected = attention_maps(net, images())

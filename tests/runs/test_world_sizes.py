@@ -70,10 +70,9 @@ def test_validation_sees_the_same_samples(records, one, kind, name):
         assert "val/knn_top1" in found or "val/bits_per_byte" in found
 
 
-@pytest.mark.parametrize("name", [name for name in ACCUMULATED if not name.startswith("dino")])
+@pytest.mark.parametrize("name", ACCUMULATED)
 @pytest.mark.parametrize("kind", ["one", *GROUPS])
 def test_two_half_batches_make_the_step_of_a_whole_one(records, kind, name):
-    """Not so for DINO, whose centre moves after every forward pass."""
     for rank in records(kind):
         whole, halves = rank[name], rank[f"{name}/accumulated"]
         assert len(halves.norm) == ACCUMULATED_STEPS
