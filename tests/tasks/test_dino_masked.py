@@ -43,6 +43,8 @@ def targets(teacher: torch.Tensor) -> np.ndarray:
 def test_the_loss_is_the_weighted_sum_of_its_parts(ibot: IBOTConfig) -> None:
     model, batch, logged = built(ibot=ibot, koleo_weight=0.5)
     loss = model.training_step(batch, 0)
+    assert model.patch_loss.center.abs().max() == 0, "it moves with the optimiser's step"
+    model.patch_loss.move_center()
     found = model.net.masked(batch["views"], batch["mask"], batch["masked"])
     student, q = found.student.unflatten(0, (4, 16)), targets(found.teacher).reshape(2, 16, -1)
     pairs = [(t, c) for t in range(2) for c in range(4) if t != c]
