@@ -1,5 +1,6 @@
 """Which checkpoints a run leaves, and that a run goes on whatever became of its folder."""
 
+import gc
 import json
 import os
 import subprocess
@@ -58,6 +59,7 @@ HOLDER += "lock = FolderLock(Path('run')); print('held', flush=True); sys.stdin.
 
 def test_a_second_run_into_a_folder_in_use_is_refused(moa: Moa) -> None:
     assert moa(f"{MAE} --run_dir run --trainer.max_steps 2").code == 0
+    gc.collect()  # the lock lives as long as the fit's objects, which refer to each other
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
