@@ -119,13 +119,10 @@ def read_corpus(source: str | Sequence[str], encoding: Encoding = "bytes", on_ba
 
 def _fault(document: Document, encoding: Encoding) -> str | None:
     """What is wrong with a text file, in words."""
-    packing = packing_of(document.content)
-    name = document.name.lower().removesuffix(".gz").removesuffix(".zst")
-    if packing and name.endswith(_LINES):
-        return f"holds {packing} of JSON lines and no plain text: write token files with moa data tokens"
-    if packing or name.endswith(_LINES):
-        what, remedy = (packing, "unpack it") if packing else ("a JSON object a line", "rename it to train on JSON")
-        return f"holds {what} and no plain text: {remedy}, or write token files with moa data tokens"
+    if packing := packing_of(document.content):
+        return f"holds {packing} and no plain text: unpack it, or write token files with moa data tokens"
+    if document.name.lower().endswith(_LINES):
+        return "holds a JSON object a line and no plain text: rename it, or write token files with moa data tokens"
     place = None if encoding == "bytes" else invalid_utf8(document.content)
     return None if place is None else f"is not UTF-8 at byte {place}: {NO_UTF8}"
 
