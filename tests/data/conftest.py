@@ -7,6 +7,9 @@ import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
+from data.token_writer import train_tokenizer
+from tests.data.texts import TEXT
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
@@ -53,3 +56,13 @@ def class_folder(tmp_path) -> Path:
     for name in ("cat", "dog"):
         write_pictures(tmp_path / "pictures" / name, 20)
     return tmp_path / "pictures"
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory) -> str:
+    """The file of a byte-level BPE of 400 tokens."""
+    folder = tmp_path_factory.mktemp("bpe")
+    (folder / "a.txt").write_text(TEXT * 50 + "".join(f"word{n} " for n in range(300)))
+    path = folder / "tokenizer.json"
+    train_tokenizer([str(folder / "a.txt")], str(path), 400)
+    return str(path)
