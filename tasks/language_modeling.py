@@ -1,6 +1,7 @@
 """Next-token prediction with a GPT; held-out text is judged by loss, perplexity and bits per byte."""
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
 from moa_lightning.evaluation import TextMetrics
-from moa_lightning.losses.language import IGNORED
+from moa_lightning.losses.language import IGNORED, runs_fused
 from moa_lightning.models import GPT, GPTConfig
 from moa_lightning.moe import MoEConfig
 from moa_lightning.optim import OptimizerConfig
@@ -35,6 +36,8 @@ class LanguageModeling(GPTTask):
         seed: of the initial weights; None: the run's seed.
         compile: compile each transformer block.
         loss_chunk: tokens whose logits exist at a time, which saves memory where the vocabulary is large; None: all.
+        fused_loss: on a GPU output matrix and loss by the fused kernels of the package liger_kernel, which chooses the
+            chunks; elsewhere loss_chunk holds.
         z_loss_weight: of the mean squared logarithm of the softmax's normaliser (1e-4 in PaLM).
         activation_checkpointing: recompute each block in the backward pass instead of storing its activations;
             "selective" keeps its matrix products and attention and recomputes the rest.
@@ -42,7 +45,7 @@ class LanguageModeling(GPTTask):
             activation begins at the identity start, where the net computes what it computed there.
     """
 
-    forward_methods = ("generate", "losses")
+    forward_methods = ("generate", "losses", "fused_losses")
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class LanguageModeling(GPTTask):
         activation_checkpointing: Recompute = False,
         moe: MoEConfig = MoEConfig(),  # noqa: B008
         loss_chunk: int | None = None,
+        fused_loss: bool = False,
         z_loss_weight: float = 0.0,
         weights_from: str | None = None,
     ) -> None:
@@ -66,7 +70,9 @@ class LanguageModeling(GPTTask):
                 f"model.loss_chunk is {loss_chunk} and model.z_loss_weight {z_loss_weight}; give at least 1 token (or "
                 "null), and a finite weight of at least 0"
             )
-        self.loss_chunk, self.z_loss_weight = loss_chunk, z_loss_weight
+        if fused_loss and find_spec("liger_kernel") is None:
+            raise UserError("model.fused_loss needs the package liger_kernel: pip install 'moa-lightning[fused]'")
+        self.loss_chunk, self.fused_loss, self.z_loss_weight = loss_chunk, fused_loss, z_loss_weight
         self.val_metrics, self.test_metrics = TextMetrics(), TextMetrics()
         self._by_source: dict[int, TextMetrics] = {}  # of a mixture's sources, while it is evaluated
 
@@ -80,26 +86,28 @@ class LanguageModeling(GPTTask):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         counted = (batch["targets"] >= 0).sum()
-        nll, normalizer = self._losses(batch)
-        loss = nll.sum() / counted
-        self.log("train/loss", loss.detach(), sync_dist=True)
+        nll, z_loss = (values.sum() / counted for values in self._losses(batch))
+        self.log("train/loss", nll.detach(), sync_dist=True)
         if self.z_loss_weight:
-            z_loss = normalizer.square().sum() / counted
-            self.log("train/z_loss", z_loss.detach(), sync_dist=True)
-            loss = loss + self.z_loss_weight * z_loss
-        return self.with_router_loss(loss)
+            self.log("train/z_loss", z_loss.detach() / self.z_loss_weight, sync_dist=True)
+        return self.with_router_loss(nll + z_loss)
 
     def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood and log normaliser per target in nats, float32 (B, T); 0 where it does not count (the
-        normaliser also where nothing asks for it)."""
+        """Negative log-likelihood in nats and weighted z-loss per target, float32 (B, T), to be added before a gradient
+        is taken; 0 where the target does not count."""
         tokens, targets, documents = batch["tokens"], batch["targets"], batch.get("documents")
+        if self.fused_loss and runs_fused(tokens.device):
+            return self.net.fused_losses(tokens, targets, self.z_loss_weight, documents)
         if self.loss_chunk is not None:
-            return self.net.losses(tokens, targets, self.loss_chunk, documents)
-        logits = self.net(tokens, documents=documents).float()
-        nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+            nll, normalizer = self.net.losses(tokens, targets, self.loss_chunk, documents)
+        else:
+            logits = self.net(tokens, documents=documents).float()
+            nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+            if self.z_loss_weight:
+                normalizer = logits.logsumexp(-1).masked_fill(targets == IGNORED, 0.0)
         if not self.z_loss_weight:
             return nll, torch.zeros_like(nll)
-        return nll, logits.logsumexp(-1).masked_fill(targets == IGNORED, 0.0)
+        return nll, self.z_loss_weight * normalizer.square()
 
     def mix_forward(self, batch: dict[str, Any]) -> None:
         self.net(batch["tokens"], documents=batch.get("documents"))

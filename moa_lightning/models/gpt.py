@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..feedforward import FFNConfig
-from ..losses.language import chunked_losses
+from ..losses.language import chunked_losses, fused_losses
 from ..moe import MoEConfig
 from ..sampling import Sampling, continuation
 from .init import initialize
@@ -69,6 +69,12 @@ class GPT(Trunk):
     ) -> tuple[Tensor, Tensor]:
         """Of tokens int64 (B, T), and documents as in forward: see losses.language.chunked_losses."""
         return chunked_losses(self._features(tokens, None, documents), self.head, targets, chunk)
+
+    def fused_losses(
+        self, tokens: Tensor, targets: Tensor, z_loss_weight: float, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of tokens int64 (B, T), and documents as in forward: see losses.language.fused_losses."""
+        return fused_losses(self._features(tokens, None, documents), self.head.weight, targets, z_loss_weight)
 
     def new_cache(self) -> Cache | None:
         """An empty one, with room for the context length; None where a further token changes what others get, so that
