@@ -55,10 +55,12 @@ def ablate_command(
         except KeyboardInterrupt as stop:
             console.print(str(stop) or "Stopped.", markup=False, soft_wrap=True)
             return INTERRUPTED
-    _report(schedule, console)
-    for failure in failures:
-        log = failure.run.folder / "log.txt"
-        console.print(f"FAILED {failure.run.name}: {failure.reason} ({log})", style="red", markup=False, soft_wrap=True)
+    try:
+        _report(schedule, console, allow_changed=options.restart_changed)
+    finally:
+        for failure in failures:
+            text = f"FAILED {failure.run.name}: {failure.reason} ({failure.run.folder / 'log.txt'})"
+            console.print(text, style="red", markup=False, soft_wrap=True)
     return 1 if failures else 0
 
 
@@ -133,7 +135,7 @@ def _dry_run(schedule: Schedule, console: Console, allow_changed: bool) -> int:
     return 0
 
 
-def _report(schedule: Schedule, console: Console) -> None:
+def _report(schedule: Schedule, console: Console, allow_changed: bool) -> None:
     """Write and print the table of what is finished, and draw it."""
     # matplotlib and scipy take a second to import, which --help and mistakes need not wait for
     from moa_lightning.experiments.plots import draw_convergence
@@ -142,7 +144,7 @@ def _report(schedule: Schedule, console: Console) -> None:
     from moa_lightning.reports.grid import grid_report
 
     grid = schedule.grid
-    states = survey(schedule.runs())
+    states = survey(schedule.runs(), allow_changed)
     finished = [run for run, where in states.items() if where is State.FINISHED]
     if not finished:
         console.print(f"No finished run in {grid.out}, so no table.")

@@ -74,9 +74,11 @@ def load_grid(path: Path, resolve: Resolve) -> Grid:
     jobs = raw.get("jobs", 1)
     if not _is_int(jobs) or jobs < 1:
         raise UserError(f"{path}: jobs is {jobs!r}; give the number of runs at a time, 1 or more.")
-    out = Path(str(raw.get("out", f"runs/{name}")))
+    out = raw.get("out", f"runs/{name}")
+    if not isinstance(out, str):
+        raise UserError(f"{path}: out is {out!r}; give the folder of the runs, or remove the line.")
     cluster = _cluster(raw.get("cluster"), f"{path}: cluster")
-    grid = Grid(name, out, seeds, raw["baseline"], tuple(tasks), variants, overrides, jobs, tuning, cluster, path)
+    grid = Grid(name, Path(out), seeds, raw["baseline"], tuple(tasks), variants, overrides, jobs, tuning, cluster, path)
     _check(grid, str(path))
     return grid
 
@@ -111,6 +113,14 @@ def _check(grid: Grid, where: str) -> None:
             _check_other_runs(grid, task, variant, options)
             if clash := sorted(set(task.tune) & set(variant.overrides)):
                 raise UserError(f"variant {variant.name} sets {clash[0]}, which is tuned; remove it from one place.")
+        own = {**task.overrides, **(grid.tuning.overrides if grid.tuning is not None else {})}
+        if clash := sorted(set(task.tune) & set(own)):
+            raise UserError(
+                f"task {task.name} sets {clash[0]} (itself, by an axis, or by the overrides of tuning), which is "
+                "tuned; remove it from one place (`tune: {}` in a task: nothing is tuned there)."
+            )
+    if grid.tuning is not None and not any(task.tune for task in grid.tasks):
+        raise UserError(f"{where}: tune has seeds, but no task has options to tune; give `options`, or remove tune.")
 
 
 def _check_other_runs(grid: Grid, task: GridTask, variant: GridVariant, options: Mapping[str, str]) -> None:
@@ -225,6 +235,9 @@ def _with_axes(task: GridTask, axes: Any, resolve: Resolve) -> Iterator[GridTask
         [(axis, value, entry) for value, entry in _named(values, f"axis {axis}")]
         for axis, values in _named(axes, f"task {task.name}: axes")
     ]
+    for axis, (name, values) in zip(choices, axes.items(), strict=True):
+        if not axis:
+            raise UserError(f"axis {name} of task {task.name} has no values ({values!r}); give some, or remove it.")
     for combination in itertools.product(*choices):
         part = task
         for axis, value, entry in combination:
@@ -291,7 +304,15 @@ def _overrides(entry: Any, where: str) -> dict[str, str]:
     for option in options:
         if option in RESERVED_OPTIONS:
             raise UserError(f"{where}: {option} is set by the grid for each run; remove it from the overrides.")
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
+    return {key: _typed(value, f"{where}: {key}") for key, value in options.items()}
+
+
+def _typed(value: Any, where: str) -> str:
+    """A value as it is typed on a command line."""
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except TypeError:  # dates, sets and binary data of YAML
+        raise UserError(f"{where} is {value!r} to YAML; put it in quotes if text is meant.") from None
 
 
 def _named(entry: Any, where: str) -> Iterator[tuple[str, Any]]:

@@ -119,9 +119,7 @@ class Schedule:
             return {}
         steps = budget_steps(budget, self.measure, task, variant, more)
         rhythm = (
-            {}
-            if budget.validations is None
-            else {"trainer.val_check_interval": str(max(1, steps // budget.validations))}
+            {} if budget.validations is None else {"trainer.val_check_interval": str(-(-steps // budget.validations))}
         )
         return {"trainer.max_steps": str(steps), **rhythm}
 

@@ -6,7 +6,7 @@ more would be noise.
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -25,13 +25,19 @@ from moa_lightning.experiments.statistics import CONFIDENCE, Judged, Paired, boo
 
 FOLDED = ("difference", "verdict")  # columns that a narrow terminal breaks into lines
 UNDECIDED = "not decided"  # before all seeds have finished: looking early and often would claim more than 5 %
-RIGHT = ("parameters", "seconds", "detectable", "p", "seeds")
-NOTE = (
-    "↓ less is better, ↑ more is better; mean ± sd: over seeds; seconds: median training time of a run; difference: "
-    f"to {{baselines}}, paired by seed, with its {CONFIDENCE:.0%} t interval; p: of the paired t-test, after Holm's "
-    "correction for the {claims} comparisons of the grid, and the verdict follows it; detectable: the true difference "
-    f"that so many seeds would show with {POWER:.0%} probability, so corrected."
-)
+RIGHT = ("parameters", "seconds", "detectable", "would show", "p", "seeds")
+NARROW = ("task", "metric", "p", "detectable", "would show")  # columns that a terminal has no room for
+NOTES = {
+    "mean ± sd": "↓ less is better, ↑ more is better; mean ± sd: over seeds",
+    "seconds": "seconds: median training time of a run",
+    "difference": f"difference: to {{baselines}}, paired by seed, with its {CONFIDENCE:.0%} t interval",
+    "p": "p: of the paired t-test, after Holm's correction for the {claims} comparisons of the grid, and the verdict "
+    "follows it",
+    "verdict": "verdict: by the paired t-test after Holm's correction for the {claims} comparisons of the grid",
+    "detectable": f"detectable: the true difference that so many seeds would show with {POWER:.0%} probability, so "
+    "corrected",
+    "would show": "would show: the seeds that would show the difference seen with that probability",
+}
 TUNED = " tuned: chosen on the validation split over seeds of its own; * at the edge of the values tried."
 
 
@@ -68,6 +74,7 @@ class Row:
             "p": "" if judged is None or math.isnan(judged.p_adjusted) else f"{judged.p_adjusted:.2g}",
             "verdict": "baseline" if judged is None else judged.verdict,
             "detectable": "" if math.isnan(self.detectable) else f"{self.detectable:.2g}",
+            "would show": "" if self.seeds_to_show is None else f"{self.seeds_to_show:,}",
             "seeds": str(self.n) if self.n == self.wanted else f"{self.n} of {self.wanted}",
         }
 
@@ -75,33 +82,37 @@ class Row:
 def headings(grid: Grid) -> list[str]:
     """Of the table, without what this grid has nothing to say about."""
     names = ["task", "variant", "metric", "mean ± sd", "tuned", "parameters", "seconds", "difference", "p", "verdict"]
-    return [name for name in [*names, "detectable", "seeds"] if name != "tuned" or grid.tuning is not None]
+    return [
+        name for name in [*names, "detectable", "would show", "seeds"] if name != "tuned" or grid.tuning is not None
+    ]
 
 
 def make_rows(schedule: Schedule, results: Mapping[Run, Result]) -> list[Row]:
     """Rows in the grid's order, the baseline first in each task. `results` holds the finished runs."""
     grid = schedule.grid
     finals = {run: result for run, result in results.items() if run.setting is None}
+    wanted = {task.name: len(schedule.seeds(task)) for task in grid.tasks}
     compared = _comparisons(grid, finals)
     modes = {(task.name, variant.name): task.mode for task in grid.tasks for variant in grid.variants}
-    judged = judge_family(compared, {name: modes[name] for name in compared})
+    # the p value that an unfinished comparison has by now must not ease Holm's correction of the others either
+    done = {name: pair if pair.n >= wanted[name[0]] else replace(pair, p=math.nan) for name, pair in compared.items()}
+    judged = judge_family(done, {name: modes[name] for name in compared})
     rows = []
     for task in grid.tasks:
-        wanted = len(schedule.seeds(task))
         for variant in sorted(grid.variants, key=lambda variant: variant.name != grid.baseline):
             found = [result for run, result in finals.items() if (run.task, run.variant) == (task.name, variant.name)]
             values = [result.metrics[task.final_metric] for result in found]
             seconds = [result.seconds for result in found if not result.diverged]
             difference = judged.get((task.name, variant.name))
-            if difference is not None and difference.paired.n < wanted:
-                undecided = f"{UNDECIDED}: {difference.paired.n} of {wanted} pairs"
-                difference = replace(difference, p_adjusted=math.nan, verdict=undecided)
+            if difference is not None and difference.paired.n < wanted[task.name]:
+                undecided = f"{UNDECIDED}: {difference.paired.n} of {wanted[task.name]} pairs"
+                difference = replace(difference, paired=compared[task.name, variant.name], verdict=undecided)
             rows.append(
                 Row(
                     task=task,
                     variant=variant.name,
                     n=len(values),
-                    wanted=wanted,
+                    wanted=wanted[task.name],
                     mean=fmean(values) if values else math.nan,
                     sd=stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan,
                     parameters=next((result.parameters for result in found if result.parameters is not None), None),
@@ -160,7 +171,7 @@ def write_tables(grid: Grid, rows: list[Row], states: dict[Run, State], results:
 def print_table(grid: Grid, rows: list[Row], console: Console) -> None:
     """The same on the terminal, a table a task, colours saying what the verdict says."""
     colours = {"better": "green", "worse": "red"}
-    shown = [heading for heading in headings(grid) if heading not in ("task", "metric", "p", "detectable")]
+    shown = [heading for heading in headings(grid) if heading not in NARROW]
     for task in grid.tasks:
         mine = [row.cells() for row in rows if row.task.name == task.name]
         table = Table(
@@ -176,11 +187,11 @@ def print_table(grid: Grid, rows: list[Row], console: Console) -> None:
         for cells in mine:
             table.add_row(*(Text(cells[heading], colours.get(cells[heading], "")) for heading in shown))
         console.print(table)
-    console.print(Text(note(grid), "dim"))
+    console.print(Text(note(grid, shown), "dim"))
 
 
-def note(grid: Grid) -> str:
-    """What the columns mean."""
+def note(grid: Grid, shown: Sequence[str]) -> str:
+    """What these columns mean."""
     baselines = dict.fromkeys(grid.against(variant) for variant in grid.variants)
     pairs = [
         f"{grid.against(variant)} for {variant.name}"
@@ -188,14 +199,16 @@ def note(grid: Grid) -> str:
         if grid.against(variant) not in (grid.baseline, variant.name)
     ]
     names = ", ".join([grid.baseline, *pairs]) if len(baselines) > 1 else grid.baseline
-    return NOTE.format(baselines=names, claims=grid.claims) + (TUNED if grid.tuning is not None else "")
+    told = [text for column, text in NOTES.items() if column in shown and not (column == "verdict" and "p" in shown)]
+    text = "; ".join(told).format(baselines=names, claims=grid.claims)
+    return f"{text}.{TUNED if 'tuned' in shown else ''}"
 
 
 def _markdown(grid: Grid, rows: list[Row]) -> str:
     names = headings(grid)
     lines = [names, ["---"] * len(names), *([row.cells()[name] for name in names] for row in rows)]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"# {grid.name}\n\n{table}\n\n{note(grid)}\n"
+    return f"# {grid.name}\n\n{table}\n\n{note(grid, names)}\n"
 
 
 def _record(row: Row) -> dict[str, object]:

@@ -153,7 +153,7 @@ def test_a_failed_run_stops_no_other_and_is_reported(ablate: Ablate, make_grid: 
     assert set(re.findall(r"^\[\d+/(\d+)\]", done.output, re.MULTILINE)) == {"8"}, "a failed run counts once"
     assert finished(tmp_path) == {"language/gelu/seed0", "language/gelu/seed1"}
     table = (tmp_path / "out/table.md").read_text()
-    assert "not decided: 0 of 2 pairs |  | 0 of 2 |" in table
+    assert "not decided: 0 of 2 pairs |  |  | 0 of 2 |" in table
 
 
 def test_a_metric_that_the_task_does_not_report_stops_the_grid(

@@ -1,5 +1,6 @@
 """Which runs a grid comes to: axes, budgets, tuning on seeds of its own, the number of seeds after a pilot."""
 
+import datetime
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,7 +54,9 @@ def test_a_budget_becomes_steps(make_grid: MakeGrid, budget: dict[str, Any], exp
     runs = plan.runs()[:3]
     assert steps(runs) == expected
     rhythm = {run.variant: dict(run.options)["trainer.val_check_interval"] for run in runs}
-    assert rhythm == {name: str(int(count) // 4) for name, count in expected.items()}
+    assert rhythm == {name: str(math.ceil(int(count) / 4)) for name, count in expected.items()}
+    # the last one at the end of the run, whether or not the interval divides it
+    assert {math.ceil(int(count) / int(rhythm[name])) for name, count in expected.items()} == {4}
 
 
 def test_a_tuned_batch_keeps_the_budget(make_grid: MakeGrid) -> None:
@@ -216,6 +219,12 @@ def test_a_pilot_decides_the_number_of_seeds(make_grid: MakeGrid, tmp_path: Path
         ({"seeds": {"pilot": [0, 1, 2], "most": 9, "power": 80}}, "power: 80"),
         ({"axes": {"size": {"a/b": None}}}, "letters, digits"),
         ({"axes": {"size": ["small"]}}, "axis size: expected"),
+        ({"axes": {"size": {}}}, "axis size of task language has no values"),
+        ({"overrides": {"note": datetime.date(2026, 1, 1)}}, "overrides: note is .*; put it in quotes"),
+        ({"out": None}, "out is None; give the folder"),
+        ({"tune": {"seeds": [9]}}, "no task has options to tune"),
+        ({"tune": TUNE, "axes": {"rate": {"low": {"overrides": {LR: 1}}}}}, f"task language-low sets {LR}"),
+        ({"tune": TUNE | {"overrides": {LR: 1}}}, f"sets {LR} .itself, by an axis, or by the overrides of tuning"),
         ({"axes": ["size"]}, "axes: expected"),
         ({"axes": {"a": {"x": None}, "b": {"y": {"steps": 3}}}}, "axis b, y: unknown key 'steps'"),
         ({"variants": {"gelu": None, "la": {"against": "relu"}}}, "'relu' is not a variant"),

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert baseline.variant == "gelu", "the baseline stands first"
     assert (baseline.mean, baseline.sd) == pytest.approx((1.23, 0.02))
     assert [baseline.cells()[heading] for heading in headings(small.grid)] == [
-        *("language", "gelu", "val/loss ↓", "1.230 ± 0.020", "1,234,567", "4", "", "", "baseline", "", "3")
+        *("language", "gelu", "val/loss ↓", "1.230 ± 0.020", "1,234,567", "4", "", "", "baseline", "", "", "3")
     ]
     # differences -0.01, -0.02, -0.03: t(0.975, 2) = 4.302653, standard error 0.01 / sqrt(3), half width 0.02484
     assert cells(moa) == ("1.210 ± 0.010", "-0.020 [-0.045, +0.005]", "no difference shown", "3")
@@ -76,6 +77,27 @@ def test_missing_and_diverged_runs(tmp_path: Path) -> None:
     assert cells(two)[1].startswith("-0.0995 [")
     _, lost = make_rows(small, results(small, {"gelu": [1.0, 1.1, 1.2], "moa": [0.9, math.nan, 1.0]}))
     assert cells(lost) == ("nan", "", "not finite on 1 of 3 seeds", "3")
+
+
+def test_an_unfinished_comparison_eases_no_other(tmp_path: Path) -> None:
+    """Of two tasks the second has two of three pairs, with a tiny p value: the first is corrected for both all the
+    same."""
+    small = grid(tmp_path)
+    two = make_schedule(replace(small.grid, tasks=(TASK, replace(TASK, name="vision"))))
+    losses = {"gelu": (1.21, 1.23, 1.25), "moa": (1.20, 1.2199, 1.2401)}
+
+    def judged(seeds: int) -> Row:
+        found = {
+            run: Result({"val/loss": losses[run.variant][run.seed]}, 1, 10, 80, None, 3.0)
+            for run in two.runs()
+            if run.task == "language" or run.seed < seeds
+        }
+        return next(row for row in make_rows(two, found) if (row.task.name, row.variant) == ("language", "moa"))
+
+    alone, beside = judged(0).difference, judged(2).difference
+    assert alone is not None
+    assert beside is not None
+    assert alone.p_adjusted == beside.p_adjusted == pytest.approx(2 * alone.paired.p)
 
 
 def test_files_keep_every_digit_and_list_every_run(tmp_path: Path) -> None:
