@@ -73,7 +73,7 @@ def _answer(grid: Grid, rows: list[Row]) -> list[Block]:
         cells = [row.cells() for row in rows if row.task.name == task.name]
         blocks.append(Text(f"{task.name}: {cells[0]['metric']}"))
         blocks.append(Table(names, [[line[name] for name in names] for line in cells]))
-    return [*blocks, Text(note(grid))]
+    return [*blocks, Text(note(grid, names))]
 
 
 def _plans(schedule: Schedule) -> list[Block]:
