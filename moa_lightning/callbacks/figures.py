@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, ORANGE = "#0072B2", "#D55E00"
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 DPI = 100
 COLUMNS = 4
 MAX_PANELS = 24
@@ -56,6 +56,8 @@ class OverTime:
     """when -> curve; "start" and "now" are drawn as everywhere"""
     histogram: np.ndarray | None
     """(P - 1,) shares of the pre-activations between the points"""
+    experts: np.ndarray | None = None
+    """(E, P) the curve of each expert now, where the others are means over experts"""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def draw_curves(curves: list[Curve], u: np.ndarray, title: str) -> Picture:
     panels[0].set_xlim(float(u[0]), float(u[-1]))
     panels[0].set_xticks(np.linspace(0.75 * u[0], 0.75 * u[-1], 3))
     panels[0].set_ylim(*_limits(curves))
-    _legend(figure, panels[0], title)
+    _legend(figure, panels, title)
     return _render(figure)
 
 
@@ -132,6 +134,8 @@ def draw_over_time(panels: list[OverTime], u: np.ndarray, title: str) -> Picture
     figure, all_axes = _grid(len(panels), height=2.4, share=True)
     for axes, panel in zip(all_axes, panels, strict=True):
         _draw_histogram(axes, u, panel.histogram)
+        for i, curve in enumerate(() if panel.experts is None else panel.experts):
+            axes.plot(u, curve, color=GREEN, linewidth=0.8, alpha=0.8, label="" if i else "each expert now")
         between = [when for when in panel.curves if when not in ("start", "now")]
         for i, when in enumerate(between):
             paleness = 0.75 * (1 - (i + 1) / (len(between) + 1))
@@ -142,7 +146,7 @@ def draw_over_time(panels: list[OverTime], u: np.ndarray, title: str) -> Picture
         axes.set_title(panel.name, fontsize=10, pad=3)
     all_axes[0].set_xlim(float(u[0]), float(u[-1]))
     all_axes[0].set_xticks(np.linspace(0.75 * u[0], 0.75 * u[-1], 3))
-    _legend(figure, all_axes[0], title)
+    _legend(figure, all_axes, title)
     return _render(figure)
 
 
@@ -262,11 +266,17 @@ def _limits(curves: list[Curve]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _legend(figure: "Figure", axes: Any, title: str) -> None:
+def _legend(figure: "Figure", panels: list[Any], title: str) -> None:
+    """The title, and each label that a panel has, once."""
     figure.suptitle(title, fontsize=11)
-    handles, labels = axes.get_legend_handles_labels()
-    columns = min(len(labels), int(figure.get_figwidth() // LEGEND_ENTRY))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    columns = min(len(found), int(figure.get_figwidth() // LEGEND_ENTRY))
+    figure.legend(
+        list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
 
 
 def _render(figure: "Figure") -> Picture:

@@ -33,32 +33,20 @@ from .mixing import (
     FILES_KEPT,
     curve_points,
     curve_values,
-    gate_entropy,
     histogram_of,
     is_compiled,
+    mix_names,
+    pre_activations,
     projections_of_mixes,
-    short_names,
     start_coefficients,
 )
+from .seen_mixes import Seen, SeenByExperts, see
 
-MAX_TOKENS = 4096  # of the batch that are looked at, in whole samples
 MARKS = (0.25, 0.5, 0.75)  # shares of a run after which it is drawn, besides its end
 EXAMPLES = 8  # tokens at each end
 EXAMPLE_MIXES = 3  # whose tokens are shown
 CONTEXT = 24  # characters on each side of an example
 PROBES = (-2.0, 2.0)  # points at which an end's mean curve is told in numbers
-
-
-@dataclass
-class Seen:
-    """What one mix did with the batch; B samples of T tokens."""
-
-    coefficients: Tensor
-    """(B, T, K), K² for pairs"""
-    entropy: Tensor | None
-    """(B, T), None without gates"""
-    histogram: Tensor | None = None
-    """(P - 1,) shares of pre-activations between the points of a curve, None for pairs"""
 
 
 @dataclass(frozen=True)
@@ -78,13 +66,13 @@ class LearnedMixes(L.Callback):
 
     Pictures mixing/training and mixing/patches, text mixing/tokens; as files <run_dir>/pictures/mixing-training-step*,
     mixing-patches-step* and <run_dir>/samples/mixing-tokens-step*. The first process looks at its part of the batch.
-    Curves need a mix with one entry axis, so pairs are in mixing.json only. Experts are left out: their tokens stand
-    no longer in the places that classes go by.
+    Curves need a mix with one entry axis, so pairs are in mixing.json only. Routed experts have their numbers, by
+    expert too, and their curves; not classes and examples, since their rows no longer stand in the tokens' places.
     """
 
     def __init__(self) -> None:
         self._marks: dict[str, dict[str, Any]] = {}  # share of the run -> {"step": ..., "means": {layer: (K,)}}
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[str, Seen | SeenByExperts] = {}
         self._histograms: dict[str, Tensor] = {}
         self._batches: dict[str, Any] = {}  # by domain
         self._domains: dict[str, str] = {}  # of the mixes
@@ -107,7 +95,7 @@ class LearnedMixes(L.Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if batch_idx or not fitting or not trainer.is_global_zero:
             return
-        mixes = {n: m for n, m in pl_module.named_modules() if isinstance(m, MixCoefficients) and not m.stack}
+        mixes = {n: m for n, m in pl_module.named_modules() if isinstance(m, MixCoefficients)}
         if not mixes:
             return
         domain = domain_of(batch)
@@ -135,10 +123,13 @@ class LearnedMixes(L.Callback):
         mixes = {name: m for name, m in pl_module.named_modules() if isinstance(m, MixCoefficients)}
         for name, histogram in self._histograms.items():
             self._seen[name].histogram = histogram
-        names = short_names(list(self._seen))
+        names = mix_names(pl_module)
         layers = {names[name]: (name, mixes[name], seen) for name, seen in self._seen.items()}
         by_domain = {domain: watched(pl_module).token_classes(batch) for domain, batch in self._batches.items()}
-        classes = {layer: by_domain[self._domains[name]] for layer, (name, _, _) in layers.items()}
+        classes = {
+            layer: by_domain[self._domains[name]] if isinstance(seen, Seen) else None
+            for layer, (name, _, seen) in layers.items()
+        }
         self._seen, self._histograms, self._batches, self._domains = {}, {}, {}, {}
         facts = {layer: _facts(name, mix, seen, classes[layer]) for layer, (name, mix, seen) in layers.items()}
         due = self._note_marks(trainer, {layer: fact["mean"] for layer, fact in facts.items()})
@@ -164,34 +155,25 @@ class LearnedMixes(L.Callback):
         return bool(passed) or done == 0 or done >= 1
 
     def _mix_hook(self, name: str, domain: str) -> Any:
-        def see(module: MixCoefficients, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[-1]
-            if name in self._seen or x.dim() < 2:  # the first pass is the one over whole samples
-                return
-            with torch.no_grad():
-                x = _first_samples(x if x.dim() > 2 else x[:, None])
-                gates = module.gates(x)
-                tokens = x.shape[:2]
-                entropy = None
-                if gates is not None and module.gate is not None:
-                    entropy = gate_entropy(gates.reshape(tokens.numel(), -1), module.gate).view(tokens)
-                coefficients = module.coefficients(x).reshape(*tokens, -1)
-                self._seen[name] = Seen(coefficients.double().cpu(), None if entropy is None else entropy.cpu())
+        def look(module: MixCoefficients, arguments: tuple[Any, ...]) -> None:
+            # the first pass is the one over whole samples
+            if name not in self._seen and arguments[0].dim() > 1:
+                self._seen[name] = see(module, *arguments)
                 self._domains[name] = domain
 
-        return see
+        return look
 
     def _input_hook(self, name: str) -> Any:
-        def see(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        def look(module: nn.Module, arguments: Any, output: Tensor) -> None:
             if name not in self._histograms:
-                self._histograms[name] = histogram_of(output).cpu()
+                self._histograms[name] = histogram_of(pre_activations(module, arguments, output)).cpu()
 
-        return see
+        return look
 
     def _draw(
         self,
         trainer: L.Trainer,
-        layers: dict[str, tuple[MixCoefficients, Seen]],
+        layers: dict[str, tuple[MixCoefficients, Seen | SeenByExperts]],
         classes: dict[str, TokenClasses | None],
     ) -> None:
         single = {layer: (mix, seen) for layer, (mix, seen) in layers.items() if mix.entry_axes == 1}
@@ -200,11 +182,12 @@ class LearnedMixes(L.Callback):
         panels = [self._over_time(layer, mix, seen, trainer.global_step) for layer, (mix, seen) in single.items()]
         title = f"Σ c_k σ_k(u), mean over tokens of a held-out batch, until step {trainer.global_step}"
         self._send(trainer, draw_over_time(panels, curve_points(), title), "training")
-        ends = {layer: most_different(seen, mix.entries) for layer, (mix, seen) in single.items()}
+        in_place = {layer: (mix, seen) for layer, (mix, seen) in single.items() if isinstance(seen, Seen)}
+        ends = {layer: most_different(seen, mix.entries) for layer, (mix, seen) in in_place.items()}
         found = {layer: each for layer, each in ends.items() if each is not None}
         for kind in {id(each): each for each in classes.values() if each is not None}.values():
             own = {layer: each for layer, each in found.items() if classes[layer] is kind}
-            self._draw_examples(trainer, {layer: single[layer][1] for layer in own}, own, kind)
+            self._draw_examples(trainer, {layer: in_place[layer][1] for layer in own}, own, kind)
 
     def _draw_examples(
         self, trainer: L.Trainer, layers: dict[str, Seen], found: dict[str, Ends], classes: TokenClasses
@@ -221,13 +204,15 @@ class LearnedMixes(L.Callback):
             picture = draw_patches(rows, classes.images.numpy(), classes.patch, "Patches whose mixes differ most")
             self._send(trainer, picture, "patches")
 
-    def _over_time(self, layer: str, mix: MixCoefficients, seen: Seen, step: int) -> OverTime:
+    def _over_time(self, layer: str, mix: MixCoefficients, seen: Seen | SeenByExperts, step: int) -> OverTime:
         values = curve_values(mix.entries)
         marks = {f"{float(mark):.0%}": each for mark, each in self._marks.items() if each["step"] < step}
         curves = {"start": start_coefficients(mix) @ values}
-        curves |= {when: np.asarray(each["means"][layer]) @ values for when, each in marks.items()}
-        curves["now"] = seen.coefficients.mean((0, 1)).numpy() @ values
-        return OverTime(layer, curves, None if seen.histogram is None else seen.histogram.numpy())
+        known = {when: each["means"] for when, each in marks.items() if layer in each["means"]}
+        curves |= {when: np.asarray(means[layer]) @ values for when, means in known.items()}
+        curves["now"] = seen.mean.numpy() @ values
+        experts = seen.means[seen.used].numpy() @ values if isinstance(seen, SeenByExperts) else None
+        return OverTime(layer, curves, None if seen.histogram is None else seen.histogram.numpy(), experts)
 
     def _send(self, trainer: L.Trainer, picture: Picture, name: str) -> None:
         file = None
@@ -248,39 +233,34 @@ class LearnedMixes(L.Callback):
             keep_latest(file.parent, "mixing-tokens", FILES_KEPT)
 
 
-def _first_samples(x: Tensor) -> Tensor:
-    """x (B, ..., d) -> (b, T, d), the first samples that hold at most MAX_TOKENS tokens, at least one."""
-    x = x.flatten(1, -2)
-    return x[: max(1, MAX_TOKENS // x.shape[1])].detach()
-
-
-def _facts(name: str, mix: MixCoefficients, seen: Seen, classes: TokenClasses | None) -> dict[str, Any]:
+def _facts(name: str, mix: MixCoefficients, seen: Seen | SeenByExperts, classes: TokenClasses | None) -> dict[str, Any]:
     """What mixing.json says about one mix."""
-    c = seen.coefficients
-    entropy = seen.entropy
-    samples, tokens = c.shape[:2]
-    by_class: dict[str, float] = {}
-    shares: dict[str, float] = {}
-    if classes is not None and classes.ids.shape[1] == tokens:
-        ids = classes.ids[:samples]
-        shares = {label: (ids == i).double().mean().item() for i, label in enumerate(classes.names)}
-        if entropy is not None:
-            by_class = {
-                label: entropy[ids == i].double().mean().item()
-                for i, label in enumerate(classes.names)
-                if shares[label]
-            }
-    return {
+    shares, by_class = _by_class(seen, classes) if isinstance(seen, Seen) else ({}, {})
+    facts = {
         "module": name.removeprefix("net."),
         "entries": list(mix.entries),
         "gate": mix.gate,
-        "mean": c.mean((0, 1)).view(mix.entry_shape).tolist(),
-        "std": c.std((0, 1), correction=0).view(mix.entry_shape).tolist(),
-        "entropy": None if entropy is None else entropy.double().mean().item(),
+        "mean": seen.mean.view(mix.entry_shape).tolist(),
+        "std": seen.std.view(mix.entry_shape).tolist(),
+        "entropy": seen.mean_entropy,
         "entropy_by_class": by_class,
         "class_shares": shares,
         "pre_activation_within_4": None if seen.histogram is None else seen.histogram.double().sum().item(),
     }
+    return facts | {"experts": seen.facts()} if isinstance(seen, SeenByExperts) else facts
+
+
+def _by_class(seen: Seen, classes: TokenClasses | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Each class's share of the tokens, and the gate entropy of those that occur."""
+    entropy, (samples, tokens) = seen.entropy, seen.coefficients.shape[:2]
+    if classes is None or classes.ids.shape[1] != tokens:
+        return {}, {}
+    ids = classes.ids[:samples]
+    shares = {label: (ids == i).double().mean().item() for i, label in enumerate(classes.names)}
+    if entropy is None:
+        return shares, {}
+    present = {label: ids == i for i, label in enumerate(classes.names) if shares[label]}
+    return shares, {label: entropy[here].double().mean().item() for label, here in present.items()}
 
 
 def most_different(seen: Seen, entries: tuple[str, ...]) -> Ends | None:

@@ -29,6 +29,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from ..activations import pointwise
+from ..experts import StackedLinear
 from ..feedforward import FeedForward
 from ..mixing import MixCoefficients
 from ..places import OutputGate, PointwiseNorm
@@ -48,6 +49,7 @@ CURVE_POINTS = 81
 CURVE_RANGE = 4.0
 FILES_KEPT = 3
 SATURATED = 0.05
+PARTS_OF_MOE = ("experts", "shared")  # feed-forward layers side by side in one block
 
 
 @dataclass
@@ -76,20 +78,39 @@ class _Pending:
     captured: dict[str, Capture]
 
 
+def mix_names(net: nn.Module) -> dict[str, str]:
+    """A readable name for each mix of a net, by its qualified one: the same whichever of them are looked at."""
+    return short_names([name for name, module in net.named_modules() if isinstance(module, MixCoefficients)])
+
+
 def short_names(names: list[str]) -> dict[str, str]:
     """Readable names of modules: net.blocks.3.mlp.up_mix -> block03/up, decoder_blocks.0.mlp.gate_mix ->
-    decoder_block00/gate, net.blocks.3.norm1.mix -> block03/norm1. Where two would be the same, those keep their full
-    path."""
+    decoder_block00/gate, net.blocks.3.norm1.mix -> block03/norm1, and of a mixture of experts block03/experts/up and
+    block03/shared/up. Where two would be the same, their transformers lead (student/block03/up); where those have no
+    names either, the full path stays."""
     short = {name: _short_name(name) for name in names}
     taken = Counter(short.values())
-    return {name: value if taken[value] == 1 else name for name, value in short.items()}
+    longer = {name: value if taken[value] == 1 else _join(_stack(name), value) for name, value in short.items()}
+    taken = Counter(longer.values())
+    return {name: value if taken[value] == 1 else name for name, value in longer.items()}
 
 
 def _short_name(name: str) -> str:
     path, _, mix = name.removesuffix(".mix").rpartition(".")
     numbered = re.findall(r"([^.]+)\.(\d+)(?=\.|$)", path)
     place = ".".join(f"{container.removesuffix('s')}{int(number):02d}" for container, number in numbered)
-    return "/".join(part for part in (place, mix.removesuffix("_mix")) if part)
+    layer = path.rpartition(".")[2]
+    return _join(place, layer if layer in PARTS_OF_MOE else "", mix.removesuffix("_mix"))
+
+
+def _stack(name: str) -> str:
+    """What stands before the first numbered container."""
+    before = re.split(r"(?:^|\.)[^.]+\.\d+(?:\.|$)", name, maxsplit=1)[0]
+    return ".".join(part for part in before.split(".") if part != "net")
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
 
 
 def gate_entropy(gates: Tensor, kind: str) -> Tensor:
@@ -111,6 +132,7 @@ def gate_saturation(gates: Tensor, kind: str) -> Tensor:
 def capture(module: MixCoefficients, x: Tensor, *rows: Any) -> Capture:
     """What the mix makes of its FFN's input x (..., d); of experts (whose rows x has), each row's own, α their mean."""
     tokens = x.detach()
+    filled = filled_slots(tokens) if module.stack and not rows else None
     if not module.stack:
         tokens = _thinned(tokens.flatten(0, -2))
     with torch.no_grad():
@@ -119,25 +141,31 @@ def capture(module: MixCoefficients, x: Tensor, *rows: Any) -> Capture:
         coefficients = module.coefficients(tokens if varies else tokens[:1], *rows)
         return Capture(
             alpha=module.base.detach().float().reshape(-1, math.prod(module.entry_shape)).mean(0),
-            coefficients=_by_token(coefficients, module),
-            gates=None if gates is None else _by_token(gates, module),
+            coefficients=_by_token(coefficients, module, filled),
+            gates=None if gates is None else _by_token(gates, module, filled),
         )
+
+
+def filled_slots(x: Tensor) -> Tensor:
+    """Which of the experts' slots x (E, C, d) hold a token, bool (E, C): what is left empty is all zero."""
+    return x.any(-1)
 
 
 def _thinned(rows: Tensor) -> Tensor:
     return rows[:: -(-rows.shape[0] // MAX_TOKENS)]
 
 
-def _by_token(values: Tensor, module: MixCoefficients) -> Tensor:
-    """(..., K) or (..., K, K) as a copy (N, K) or (N, K²) of at most MAX_TOKENS rows."""
-    return _thinned(values.flatten(-module.entry_axes).flatten(0, -2)).clone()
+def _by_token(values: Tensor, module: MixCoefficients, filled: Tensor | None) -> Tensor:
+    """(..., K) or (..., K, K) as a copy (N, K) or (N, K²) of at most MAX_TOKENS rows, of `filled` slots only."""
+    values = values.flatten(-module.entry_axes)
+    return _thinned(values.flatten(0, -2) if filled is None else values[filled]).clone()
 
 
 def start_coefficients(module: MixCoefficients) -> np.ndarray:
-    """The coefficients (K,) or (K, K) that the mix had before training, by its settings."""
-    if module.given_start is not None:
-        return module.given_start.double().cpu().numpy()
+    """The coefficients (K,) or (K, K) that the mix had before training, by its settings; of experts, their mean."""
     shape = module.entry_shape
+    if module.given_start is not None:
+        return module.given_start.double().reshape(-1, *shape).mean(0).cpu().numpy()
     if module.init == "identity":
         start = np.zeros(shape)
         start[module.start] = 1.0
@@ -156,6 +184,12 @@ def projections_of_mixes(net: nn.Module) -> dict[MixCoefficients, nn.Module]:
         elif isinstance(layer, OutputGate | PointwiseNorm) and isinstance(layer.mix, MixCoefficients):
             found[layer.mix] = layer.gate_proj if isinstance(layer, OutputGate) else layer.scale
     return found
+
+
+def pre_activations(projection: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+    """What a projection returned for tokens (..., h): experts' slots that are empty left out."""
+    slots = isinstance(projection, StackedLinear) and len(arguments) == 1
+    return output[filled_slots(arguments[0])] if slots else output
 
 
 @torch.no_grad()
@@ -198,7 +232,7 @@ class MixingTelemetry(L.Callback):
             for name, module in pl_module.named_modules()
             if isinstance(module, MixCoefficients) and any(p.requires_grad for p in module.parameters())
         }
-        names = short_names(list(learning))
+        names = mix_names(pl_module)
         self._mixes = {names[name]: module for name, module in learning.items()}
         self._projections = projections_of_mixes(pl_module)
         self._compiled = any(is_compiled(module) for module in pl_module.modules())
@@ -255,7 +289,7 @@ class MixingTelemetry(L.Callback):
     def _histogram_hook(self, name: str) -> Any:
         def see(module: nn.Module, arguments: Any, output: Tensor) -> None:
             if name not in self._histograms:
-                self._histograms[name] = histogram_of(output)
+                self._histograms[name] = histogram_of(pre_activations(module, arguments, output))
 
         return see
 

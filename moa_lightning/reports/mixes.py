@@ -16,6 +16,10 @@ NOTE = (
     "is chosen). Foreground are patches brighter than their image; in natural images that need not be an object. "
     "Single coefficients are not identifiable (LeakyReLU is a sum of two others), so look at the curves."
 )
+EXPERTS = (
+    " Routed experts: over the tokens that each was given, mixing.json has them one by one; they have neither classes "
+    "nor examples, since their rows no longer stand in the tokens' places."
+)
 
 
 def run_mixes(folder: Path, pictures: Sequence[Picture], samples: Sequence[Code]) -> list[Block]:
@@ -37,7 +41,8 @@ def run_mixes(folder: Path, pictures: Sequence[Picture], samples: Sequence[Code]
     blocks: list[Block] = []
     if rows:
         title = Text(f"Gate entropy of each layer at step {found['step']:,}.")
-        blocks += [title, Table(("layer", "all tokens", *classes), rows, NOTE)]
+        routed = any("experts" in layer for layer in layers.values())
+        blocks += [title, Table(("layer", "all tokens", *classes), rows, NOTE + EXPERTS * routed)]
     return [*blocks, *_held({folder.name: [folder]}), *pictures, *samples]
 
 
