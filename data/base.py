@@ -26,6 +26,7 @@ from torch.utils.data._utils import signal_handling
 
 from data.faults import BAD, BadSample, Fault, OnBadSample, take_slow
 from data.sampling import EvalBatches, Key, TrainBatches, check_batch_size
+from data.subsets import check_train_fraction
 from moa_lightning.errors import UserError
 from moa_lightning.random import sample_seed
 
@@ -130,6 +131,8 @@ class DataModule(L.LightningDataModule, ABC):
         on_bad_sample: what a sample does that cannot be read: "raise" ends the run, "skip" counts it and takes another
             one instead. Data that is missing or damaged when the run starts is fatal either way, as it would shift the
             numbers of the samples.
+        train_fraction: share of the training data to train on, in (0, 1]. Which part does not depend on `seed`, a
+            smaller one lies inside a larger one, and held-out data stay as they are.
 
     Raises:
         UserError: options that make no sense.
@@ -142,8 +145,10 @@ class DataModule(L.LightningDataModule, ABC):
         seed: int | None = None,
         shuffle_block: int = 0,
         on_bad_sample: OnBadSample = "raise",
+        train_fraction: float = 1.0,
     ) -> None:
         super().__init__()
+        check_train_fraction(train_fraction)
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise UserError(f"{name} is {value} but must be at least {least}")
@@ -154,6 +159,7 @@ class DataModule(L.LightningDataModule, ABC):
             raise UserError(f"on_bad_sample is {on_bad_sample!r}; choose from {', '.join(get_args(OnBadSample))}")
         self.shuffle_block = shuffle_block
         self.on_bad_sample = on_bad_sample
+        self.train_fraction = train_fraction
         self.faults: list[Fault] = []  # met while the splits were built
         self.splits: dict[str, Samples] = {}
 

@@ -24,7 +24,7 @@ from data.base import EVAL_SEED, DataModule, Loader, Samples
 from data.corruptions import Corrupted, corruption_names
 from data.faults import BadSample
 from data.shards import UNLABELLED
-from data.subsets import check_counts, describe_little, little_data
+from data.subsets import check_counts, describe_little, little_data, share
 from data.transforms import SingleView, Transform, View, plain_view, seeded
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
@@ -186,12 +186,13 @@ class ImageModule(DataModule):
         crop_ratio: in evaluation the shorter side is resized to image_size / crop_ratio and the centre is cropped.
         per_class: train on so many labelled images of each class; None takes all. The bank is taken from them.
         imbalance: the largest class over the smallest, with counts that fall geometrically from class 0 to the last.
-        subset_seed: of that choice of training images; apart from `seed`, so that runs with other seeds stay
-            comparable. Validation and test images do not depend on it.
+        subset_seed: of that choice of training images, and of `train_fraction`'s; apart from `seed`, so that runs with
+            other seeds stay comparable. Validation and test images do not depend on it.
         corruption: what held-out images suffer in evaluation: the name of a corruption, or noise, blur, weather,
             digital, shift or all, of which each image draws one; None: nothing. The bank stays clean.
         severity: of the corruption, 1 to 5.
-        options: `DataModule`'s.
+        options: `DataModule`'s. `train_fraction` is of what per_class and imbalance leave, and the same of each class;
+            the bank does not shrink with it, so that all shares are judged alike.
     """
 
     def __init__(
@@ -249,7 +250,7 @@ class ImageModule(DataModule):
             how = (self.per_class, self.imbalance, self.subset_seed)
             data["train"] = data["train"].take(little_data(data["train"].labels, *how))
             self.training_images = describe_little(data["train"].labels, *how)
-        splits: dict[str, Samples] = {"train": self._samples(data["train"], training=True)}
+        splits: dict[str, Samples] = {"train": self._samples(self._share(data["train"]), training=True)}
         splits["bank"] = self._samples(self._choose(data.get("bank", data["train"]), self.bank_size, "bank"))
         if "val" in data:
             splits["val"] = self._samples(self._choose(data["val"], self.max_val_samples, "val"), held_out=True)
@@ -260,6 +261,14 @@ class ImageModule(DataModule):
             for part in data.values():
                 part.images[0]  # an unreadable set should stop here, not in a worker
         return splits
+
+    def _share(self, train: LabelledImages) -> LabelledImages:
+        """What `train_fraction` leaves of the training images."""
+        if self.train_fraction == 1:
+            return train
+        of = self.training_images or f"all, subset seed {self.subset_seed}"
+        self.training_images = f"{self.train_fraction:g} of {of}"
+        return train.take(share(train.labels, self.train_fraction, self.subset_seed))
 
     def _samples(self, data: LabelledImages, training: bool = False, held_out: bool = False) -> ImageSamples:
         if training:

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 from data.base import EVAL_SEED, Samples
+from data.subsets import share
 from data.text import TokenModule
 from data.tokenizer import BYTES, Tokenizer, open_tokenizer
 from moa_lightning.errors import UserError
@@ -87,7 +88,7 @@ class LabelledText(TokenModule):
 
     Args:
         tokenizer: "bytes", a tokenizer.json or a meta.pkl: that of the language model whose weights are taken.
-        options: `TokenModule`'s.
+        options: `TokenModule`'s. `train_fraction` keeps rows, of each class the same share.
 
     Attributes:
         num_classes: 1 where labels are numbers; after `setup`, unless it is known before.
@@ -118,6 +119,8 @@ class LabelledText(TokenModule):
         rows = self.read()
         if not rows["train"]:
             raise UserError(f"{self.describe_rows()['source']} has no text to train on: give some")
+        if self.train_fraction < 1:
+            rows["train"] = self._share(rows["train"])
         texts = len(rows["train"][0].texts)
         if self.context_length < 2 * texts:
             raise UserError(f"context_length is {self.context_length}; {texts} texts and their ends need {2 * texts}")
@@ -143,9 +146,16 @@ class LabelledText(TokenModule):
             if part
         }
 
+    def _share(self, rows: list[Row]) -> list[Row]:
+        """What `train_fraction` leaves of the training rows."""
+        classes = [UNLABELLED if row.label is None or self.num_classes == 1 else int(row.label) for row in rows]
+        return [rows[i] for i in share(torch.tensor(classes), self.train_fraction, EVAL_SEED).tolist()]
+
     def describe_source(self) -> dict[str, str | int]:
         kind = "numbers" if self.num_classes == 1 else f"{self.num_classes} classes"
-        return {**self.describe_rows(), "labels": kind, "scores": ", ".join(self.metrics), "sha256": self.sha256}
+        facts = {"labels": kind, "scores": ", ".join(self.metrics), "sha256": self.sha256}
+        part = {"training_text": f"{self.train_fraction:g} of the rows"} if self.train_fraction < 1 else {}
+        return {**self.describe_rows(), **part, **facts}
 
 
 def some(rows: list[Row], limit: int, name: str) -> list[Row]:

@@ -119,8 +119,10 @@ class JoinedSamples(Samples):
 class Mixture(TextModule):
     """Several text sources with weights. The batch has the key "source", int64 (B,), the number of each one's source.
 
-    Of what the sources say, only where their text lies, how it is split and their shuffle_block count; the other
-    values are the mixture's. val/loss weighs sources by their held-out tokens, val/loss_<source> is each one's own.
+    Of what the sources say, only where their text lies, how it is split and their shuffle_block count, and their
+    train_fraction, of which the mixture's own takes a share again; the other values are the mixture's. Weights and
+    epoch_samples stay as they are given. val/loss weighs sources by their held-out tokens, val/loss_<source> is each
+    one's own.
 
     Args:
         sources: text data modules by name, all with the same tokenizer.
@@ -161,6 +163,8 @@ class Mixture(TextModule):
             for option in ("context_length", "on_bad_sample", "max_val_samples", "max_test_samples", "mask_documents"):
                 setattr(source, option, getattr(self, option))
             source.seed = named_seed(self.seed, f"source {name}")
+        if self.train_fraction < 1:
+            self.training_text = f"{self.train_fraction:g} of each source"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -184,6 +188,7 @@ class Mixture(TextModule):
 
     def build(self) -> dict[str, Samples]:
         for name, source in self.sources.items():
+            source.train_fraction *= self.train_fraction
             try:
                 source.setup("build")
             except UserError as error:

@@ -1,10 +1,14 @@
-"""Little data: so many labelled images of each class, or long-tailed counts.
+"""Little data: so many labelled images of each class, long-tailed counts, or a share of all.
 
     n_i = n_max · f^(-i / (C - 1)),  i = 0 ... C - 1, rounded down
 
 for class number i and imbalance factor f, the largest count over the smallest (Cui et al., "Class-balanced loss based
 on effective number of samples", arXiv 1901.05555). Which images of a class are taken follows from (seed, class) alone,
 so that of two counts the smaller one's images are among the larger one's. Images without a label are left out.
+
+A share is taken of all samples, of each class as evenly as whole images allow: the j-th of a class's n in its own order
+is due at (j + 1/2) / n, and the first ones due stay (of equal ones the lower class). Those without a label count as a
+class.
 """
 
 import torch
@@ -20,6 +24,12 @@ def check_counts(per_class: int | None, imbalance: float) -> None:
         raise UserError(f"per_class is {per_class}: give the training images of a class, 1 or more, or null for all")
     if not imbalance >= 1:
         raise UserError(f"imbalance is {imbalance}: give the largest class over the smallest, 1 or more")
+
+
+def check_train_fraction(train_fraction: float) -> None:
+    """Raise UserError unless it is in (0, 1]."""
+    if not 0 < train_fraction <= 1:
+        raise UserError(f"train_fraction is {train_fraction}: give a share above 0, up to 1 for all training data")
 
 
 def little_data(labels: Tensor, per_class: int | None, imbalance: float, seed: int) -> Tensor:
@@ -45,10 +55,34 @@ def little_data(labels: Tensor, per_class: int | None, imbalance: float, seed: i
             raise UserError(f"class {label} would keep no training image: raise per_class or lower imbalance")
     chosen = []
     for label, count in enumerate(counts):
-        members = torch.nonzero(labels == label).flatten()
-        generator = torch.Generator().manual_seed(named_seed(seed, f"class {label}"))
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+        chosen.append(_in_order(labels, label, seed)[:count])
     return torch.cat(chosen).sort().values
+
+
+def _in_order(labels: Tensor, label: int, seed: int) -> Tensor:
+    """Positions of a class in the order in which they are taken: int64 (n,)."""
+    members = torch.nonzero(labels == label).flatten()
+    generator = torch.Generator().manual_seed(named_seed(seed, f"class {label}"))
+    return members[torch.randperm(len(members), generator=generator)]
+
+
+def share(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Positions of the samples that stay, sorted: int64 (round(fraction * N),).
+
+    Args:
+        labels: int64 (N,) of the training samples, -1 where unknown.
+        fraction: the share, in (0, 1].
+        seed: of the choice.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    wanted = round(fraction * len(labels))
+    if wanted < 1:
+        raise UserError(f"train_fraction {fraction:g} leaves none of {len(labels):,} training samples: raise it")
+    members = [_in_order(labels, label, seed) for label in labels.unique().tolist()]
+    due = torch.cat([(torch.arange(len(part), dtype=torch.float64) + 0.5) / len(part) for part in members])
+    return torch.cat(members)[due.argsort(stable=True)[:wanted]].sort().values
 
 
 def long_tail(largest: int, imbalance: float, classes: int) -> list[int]:

@@ -8,7 +8,7 @@ every token after the first exactly once.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from data.base import EVAL_SEED, DataModule, Samples
 from data.documents import Encoding, check_encoding, corpus_sha256, read_corpus, split_documents
 from data.faults import BAD
+from data.token_source import PartOfText, TokenSource, mixed
 from data.tokenizer import BYTES, Tokenizer, open_tokenizer
 from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
@@ -25,27 +26,18 @@ SEPARATOR = b"\0"
 IGNORED = -100
 
 
-class TokenSource(Protocol):
-    """A long string of tokens that is read in pieces."""
-
-    unit: str
-    """what its tokens are called in messages"""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1, integers (stop - start,)."""
-
-    def document_starts(self) -> np.ndarray:
-        """First token of each document, ascending int64; UserError where that is not known."""
-
-
 class JoinedBytes:
-    """Documents in memory as one byte string, joined by NUL."""
+    """Documents in memory as one byte string, joined by NUL.
+
+    Args:
+        documents: their texts.
+        places: what decides the split of each, see `documents.Document`; None: not known.
+    """
 
     unit = "bytes"
 
-    def __init__(self, documents: Sequence[bytes]) -> None:
+    def __init__(self, documents: Sequence[bytes], places: Sequence[float] | None = None) -> None:
+        self.places = places
         self.content = np.frombuffer(SEPARATOR.join(documents), dtype=np.uint8)
         self.starts = np.cumsum([0, *(len(document) + len(SEPARATOR) for document in documents[:-1])])
 
@@ -57,6 +49,9 @@ class JoinedBytes:
 
     def document_starts(self) -> np.ndarray:
         return self.starts
+
+    def document_hashes(self) -> np.ndarray | None:
+        return None if self.places is None else mixed(np.array(self.places, np.float64).view(np.uint64))
 
 
 def document_numbers(starts: np.ndarray, start: int, length: int) -> np.ndarray:
@@ -221,12 +216,32 @@ class TextModule(TokenModule):
     Args:
         mask_documents: attention does not cross from one document to the next; the batch then has the
             key "documents", int32 (B, T), the number of each token's document in its window.
-        options: `TokenModule`'s.
+        options: `TokenModule`'s. `train_fraction` counts bytes or tokens: documents stay in the order of a hash, the
+            last one cut off; of a text without known documents the beginning stays. See data/token_source.py.
     """
 
     def __init__(self, mask_documents: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.mask_documents = mask_documents
+        self.training_text: str | None = None  # which part of it stays, in words
+
+    def training_part(self, source: TokenSource) -> TokenSource:
+        """What `train_fraction` leaves of a training text; UserError where that is too little for a window."""
+        if self.train_fraction == 1:
+            return source
+        part = PartOfText(source, self.train_fraction)
+        if len(part) <= self.context_length < len(source):
+            raise UserError(
+                f"train_fraction {self.train_fraction:g} leaves {len(part):,} of the {len(source):,} {source.unit} of "
+                f"the training text, but context_length {self.context_length} needs at least "
+                f"{self.context_length + 1}: raise it or give more text"
+            )
+        how = "documents by hash" if part.by_hash else "its beginning"
+        self.training_text = f"{self.train_fraction:g} of it, {how}"
+        return part
+
+    def describe(self) -> dict[str, str | int]:
+        return {**super().describe(), **({"training_text": self.training_text} if self.training_text else {})}
 
     def windows(self, sources: dict[str, TokenSource]) -> dict[str, Samples]:
         """The splits over their tokens; val and test are left out where they have no token to predict."""
@@ -275,8 +290,9 @@ class TextFiles(TextModule):
         self.faults = [(BAD, name) for name in bad]
         parts = split_documents(documents, self.val_fraction, self.test_fraction)
         sources: dict[str, TokenSource] = {
-            split: JoinedBytes([d.content for d in part]) for split, part in parts.items()
+            split: JoinedBytes([d.content for d in part], [d.place for d in part]) for split, part in parts.items()
         }
+        sources["train"] = self.training_part(sources["train"])
         self._described = {
             "source": self.source if isinstance(self.source, str) else ", ".join(self.source),
             "files": len(documents),

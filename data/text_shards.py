@@ -1,5 +1,6 @@
 """The data module for text in WebDataset shards: one document (`.txt`) a sample, read from disk window by window."""
 
+import os
 import re
 from typing import Any
 
@@ -9,7 +10,8 @@ from data.base import Samples
 from data.documents import NO_UTF8, Encoding, check_encoding, invalid_utf8
 from data.faults import BadSample
 from data.shards import ShardMembers, ShardSplits
-from data.text import TextModule, TokenSource
+from data.text import TextModule
+from data.token_source import TokenSource, numbered_hashes
 
 
 class ShardBytes:
@@ -40,6 +42,11 @@ class ShardBytes:
 
     def document_starts(self) -> np.ndarray:
         return self.starts[:-1]
+
+    def document_hashes(self) -> np.ndarray | None:
+        counts = np.bincount(self.members.shard, minlength=len(self.members.paths)).tolist()
+        names = [os.path.basename(path) for path in self.members.paths]
+        return np.concatenate([numbered_hashes(name, count) for name, count in zip(names, counts, strict=True)])
 
     def _piece(self, document: int, start: int, stop: int) -> bytes:
         """Bytes start..stop-1 of a document; BadSample where they are not of the encoding."""
@@ -89,6 +96,7 @@ class TextShards(TextModule):
     def build(self) -> dict[str, Samples]:
         members = self.shards.read()
         sources: dict[str, TokenSource] = {name: ShardBytes(part, self.encoding) for name, part in members.items()}
+        sources["train"] = self.training_part(sources["train"])
         self.shards.facts |= {f"{name}_bytes": len(source) for name, source in sources.items()}
         return self.windows(sources)
 

@@ -21,7 +21,8 @@ from data.base import Samples
 from data.documents import SPLITS
 from data.faults import BadSample, reading
 from data.shards import Stamp, open_unchanged, stamp_of
-from data.text import TextModule, TokenSource
+from data.text import TextModule
+from data.token_source import TokenSource, numbered_hashes
 from data.token_writer import DESCRIPTION, STARTS, TOKENIZER, token_dtype
 from data.tokenizer import BYTES, CHARACTERS, Tokenizer, open_tokenizer
 from moa_lightning.errors import UserError
@@ -115,6 +116,12 @@ class TokenStream:
 
     def document_starts(self) -> np.ndarray:
         return np.concatenate([first + find_starts(file) for first, file in zip(self.starts, self.files, strict=False)])
+
+    def document_hashes(self) -> np.ndarray | None:
+        if not all(Path(file.path).with_suffix(STARTS).is_file() for file in self.files):
+            return None
+        named = [(os.path.basename(file.path), len(find_starts(file))) for file in self.files]
+        return np.concatenate([numbered_hashes(name, count) for name, count in named])
 
     def _piece(self, file: TokenFile, start: int, stop: int) -> np.ndarray:
         dtype = np.dtype(file.dtype)
@@ -224,6 +231,7 @@ class TokenFiles(TextModule):
         for split, paths in found.items():
             files = [find_tokens(path, plain, known.get(os.path.basename(path))) for path in paths]
             sources[split] = TokenStream(files, size)
+        sources["train"] = self.training_part(sources["train"])
         self._described = {
             "source": self.source,
             "tokenizer": self.tokenizer.name,

@@ -43,9 +43,16 @@ def book(tmp_path):
     return str(path)
 
 
-def fit(book, folder, steps, resume=None, workers=0, fail_at=-1, every=None, **options):
+def fit(book, folder, steps, resume=None, workers=0, fail_at=-1, every=None, train_fraction=1.0, **options):
     module = TextFiles(
-        book, context_length=10, batch_size=4, num_workers=workers, seed=3, val_fraction=0.05, test_fraction=0
+        book,
+        context_length=10,
+        batch_size=4,
+        num_workers=workers,
+        seed=3,
+        val_fraction=0.05,
+        test_fraction=0,
+        train_fraction=train_fraction,
     )
     callbacks = [ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1)] if every else []
     trainer = L.Trainer(
