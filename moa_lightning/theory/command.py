@@ -80,7 +80,9 @@ def _table(title: str, headings: tuple[str, ...]) -> Table:
 
 
 def _errors(study: Study, target: Target) -> Table:
-    table = _table(f"{target.formula}: relative rms error by hidden units", ("", *map(str, study.widths)))
+    table = _table(
+        f"{target.formula}: relative rms error of plain layers by hidden units", ("", *map(str, study.widths))
+    )
     for member in study.members():
         table.add_row(member, *(f"{row.function:.1e}" for row in study.of(target.name, member)))
     return table
@@ -91,7 +93,7 @@ def _units(study: Study, target: Target) -> Table:
     last = study.widths[-1]
     exact = "LA" if target.dim == 1 else "MoA"
     table = _table(
-        f"Units (of those tried) for an error of ...: {exact} needs 1 for any.\n"
+        f"Units (of those tried) of plain layers for an error of ...: {exact} needs 1 for any.\n"
         f"Of the fit at {last}: derivative's error, rms and largest, with its lower bound; largest weight",
         ("", *(f"{level:g}" for level in LEVELS), "rms", "largest", "bound", "weight"),
     )

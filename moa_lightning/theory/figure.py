@@ -1,4 +1,4 @@
-"""The picture of `moa theory`: errors against the number of hidden units, a column for each target function.
+"""The picture of `moa theory`: errors of plain layers against their hidden units, a column for each target function.
 
 Above the relative error of the function, below that of its derivative. A witness of one unit has no place on a
 logarithmic axis: an arrow at one unit stands for it. Colours are Okabe and Ito's.
@@ -34,7 +34,11 @@ def draw(study: Study, path: Path) -> None:
         panels[row][0].set_ylabel(label)
     lines, names = panels[0][1].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside right center", frameon=False)
-    figure.suptitle("Best fits found, of fixed activations and of LA; the witnesses are exact", x=0.01, ha="left")
+    figure.suptitle(
+        "Best fits found of plain layers, with fixed activations and with LA; the witnesses are exact",
+        x=0.01,
+        ha="left",
+    )
     FigureCanvasAgg(figure).print_png(path)
 
 

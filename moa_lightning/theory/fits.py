@@ -1,4 +1,4 @@
-"""The best fixed-activation or LA layer of a given width for a target function, found numerically.
+"""The best plain fixed-activation or LA layer of a given width for a target function, found numerically.
 
     y(x) = Σ_i a_i φ(w_iᵀ x + b_i) + a_0,      φ = σ for the fixed form, φ = Σ_k α_k σ_k for LA
 

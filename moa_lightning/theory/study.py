@@ -1,8 +1,9 @@
 """What `moa theory` computes: the witnesses' errors, the best fits at growing width, and how many units buy an error.
 
-Beside every fit stands a lower bound of its largest derivative error, proved in docs/theory.md [O]; in that norm the
-separations are quantitative at every width. In the norms of mean squares they are not: with weights large enough, two
-units of ReLU² come as near to ReLU + ReLU² as one likes, which the largest weight of each fit shows.
+The fits are of plain layers. Beside each stands a lower bound of its largest derivative error, proved in docs/theory.md
+[O]; in that norm the separations of plain layers are quantitative at every width. In the norms of mean squares they are
+not: with weights large enough, two units of ReLU² come as near to ReLU + ReLU² as one likes, which the largest weight
+of each fit shows. Gated layers are separated by other functions; of these there are witnesses and proofs, no fits.
 """
 
 import math
@@ -16,7 +17,21 @@ import torch
 from moa_lightning.activations import DICTIONARY
 
 from .fits import Effort, Fit, as_mix, best_fit, join, padded, random_inner, widened
-from .witnesses import LAMBDA, MODULATED, SQUARED, TARGETS, Target, la_witness, largest_error, moa_witness
+from .witnesses import (
+    LAMBDA,
+    MODULATED,
+    SATURATED,
+    SQUARED,
+    TARGETS,
+    TWICE_BENT,
+    Target,
+    gated_fixed_witness,
+    gated_la_witness,
+    gated_moa_witness,
+    la_witness,
+    largest_error,
+    moa_witness,
+)
 
 LA = "LA"
 WIDTHS = (1, 2, 4, 8, 16, 32)
@@ -25,12 +40,30 @@ LEVELS = (0.1, 0.03, 0.01, 0.003)  # relative errors that units are counted for
 EXACT = 1e-7  # a fit's relative error that counts as the function itself, beside a ridge of 1e-8
 _PIECEWISE_LINEAR = ("relu", "leaky_relu")
 
+
+def one_branch_bound() -> float:
+    """A lower bound of the largest derivative error against the modulated ridge of any gated layer that mixes one
+    branch, fixed or LA, at any width: half the distance of tanh(λ x) from the affine functions.
+
+    For e = tanh(λ ·) - an affine function and any s in (0, 1], (e(s) - e(-s)) / 2 - s (e(1) - e(-1)) / 2 is
+    tanh(λ s) - s tanh(λ), and at most (1 + s) max |e|. Every s proves a bound; the best of a grid is taken.
+    """
+    s = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    return float(((torch.tanh(LAMBDA * s) - s * math.tanh(LAMBDA)) / (1 + s)).max()) / 2
+
+
 STATEMENTS = (
     ("P", "fixed ⊊ LA ⊊ MoA at every finite width: each family represents functions that the one before cannot."),
-    ("S", "One hidden unit of LA is ReLU(x) + ReLU²(x); no fixed-activation layer of the dictionary is it."),
+    ("S", "One hidden unit of plain LA is ReLU(x) + ReLU²(x); no plain layer with a fixed activation is it."),
     (
         "S",
-        "One hidden unit of MoA (tanh gates in the proof) is tanh(λ x₁) · ReLU(x₂); LA has ridges of constant height.",
+        "One hidden unit of plain MoA (tanh gates in the proof) is tanh(λ x₁) · ReLU(x₂); plain LA has ridges of "
+        "constant height.",
+    ),
+    (
+        "O",
+        "That both are about plain layers: gated, one hidden unit with a fixed ReLU and biases is the first function, "
+        "and one of LA on both branches is the second.",
     ),
     (
         "O",
@@ -39,16 +72,34 @@ STATEMENTS = (
     ),
     (
         "O",
-        "Lower bounds of the largest derivative error, proved in docs/theory.md: 1/2 for ReLU + ReLU² with a fixed "
-        "activation whose derivative is continuous, min(1/2, 1/width) with ReLU and LeakyReLU, and tanh(λ)/2 = "
-        f"{math.tanh(LAMBDA) / 2:.3f} for the modulated ridge with any fixed activation or LA, at every width.",
+        "Plain layers, lower bounds of the largest derivative error, proved in docs/theory.md: 1/2 for ReLU + ReLU² "
+        "with a fixed activation whose derivative is continuous, min(1/2, 1/width) with ReLU and LeakyReLU, and "
+        f"tanh(λ)/2 = {math.tanh(LAMBDA) / 2:.3f} for the modulated ridge with any fixed activation or LA, at every "
+        "width.",
+    ),
+    (
+        "O",
+        "Gated layers, proved there too: the same 1/2 and tanh(λ)/2 with a fixed activation whose derivative is "
+        "continuous (SwiGLU, GEGLU); with any fixed activation, and with LA on one branch, "
+        f"{one_branch_bound():.3f} for the modulated ridge; with LA on both branches, and pairs, tanh(λ)/4 = "
+        f"{math.tanh(LAMBDA) / 4:.3f} for ∂²/∂x₂∂x₃ of the modulated ridge times ReLU(x₃); each at every width.",
+    ),
+    (
+        "O",
+        "So of gated layers fixed ⊊ LA, by ReLU + tanh (one branch; with a fixed ReLU or LeakyReLU no margin is given) "
+        "or the modulated ridge (both, pairs), and LA ⊊ MoA, by the modulated ridge (one branch) or that times "
+        "ReLU(x₃) (both, pairs).",
     ),
     (
         "O",
         "The mean square error has no such bound at growing weights: two units of ReLU² with weights of size 1/δ are "
         "within O(δ) of ReLU + ReLU². What a fit needs is units or large weights.",
     ),
-    ("O", "Fits are evidence, not proof: each is an upper bound of the smallest error at its width."),
+    (
+        "O",
+        "Fits, all of plain layers, are evidence, not proof: each is an upper bound of the smallest error at its "
+        "width.",
+    ),
 )
 
 
@@ -57,7 +108,7 @@ class Row:
     """The best fit of one member at one width."""
 
     target: str
-    member: str  # an activation's name, or LA
+    member: str  # of plain layers: an activation's name, or LA
     width: int
     function: float  # errors as `fits.Errors` has them
     derivative: float
@@ -109,14 +160,20 @@ class Study:
 def witness_errors() -> dict[str, float]:
     """The largest error of each one-unit layer on its grid."""
     return {
-        "LA: ReLU + ReLU²": largest_error(la_witness(), SQUARED),
-        "MoA, tanh gate: modulated ridge": largest_error(moa_witness("tanh"), MODULATED),
-        "MoA, sigmoid gate: modulated ridge": largest_error(moa_witness("sigmoid"), MODULATED),
+        "plain LA: ReLU + ReLU²": largest_error(la_witness(), SQUARED),
+        "plain MoA, tanh gate: modulated ridge": largest_error(moa_witness("tanh"), MODULATED),
+        "plain MoA, sigmoid gate: modulated ridge": largest_error(moa_witness("sigmoid"), MODULATED),
+        "gated ReLU (fixed), with biases: ReLU + ReLU²": largest_error(gated_fixed_witness(), SQUARED),
+        "gated LA, one branch, with biases: ReLU + tanh": largest_error(gated_la_witness("one"), SATURATED),
+        "gated LA, both branches: modulated ridge": largest_error(gated_la_witness("both"), MODULATED),
+        "gated MoA, one branch, with biases: modulated ridge": largest_error(gated_moa_witness("one"), MODULATED),
+        "gated MoA, both branches: modulated ridge · ReLU(x₃)": largest_error(gated_moa_witness("both"), TWICE_BENT),
     }
 
 
 def derivative_bound(target: Target, member: str, width: int) -> float:
-    """A lower bound of the largest derivative error of any layer of this member and width; docs/theory.md proves it."""
+    """A lower bound of the largest derivative error of any plain layer of this member and width; docs/theory.md proves
+    it. Of gated layers it does not hold: see `one_branch_bound`."""
     if target is MODULATED:
         return math.tanh(LAMBDA) / 2
     if member == LA:

@@ -10,9 +10,24 @@ import torch
 
 from moa_lightning.activations import DICTIONARY, pointwise
 from moa_lightning.cli import main
+from moa_lightning.feedforward import FeedForward, FFNConfig
 from moa_lightning.theory.fits import Effort, Inner, Samples, best_fit, join, padded, random_inner, residual, widened
-from moa_lightning.theory.study import LA, derivative_bound, run_study
-from moa_lightning.theory.witnesses import LAMBDA, MODULATED, SQUARED, Target, la_witness, largest_error, moa_witness
+from moa_lightning.theory.study import LA, STATEMENTS, derivative_bound, one_branch_bound, run_study, witness_errors
+from moa_lightning.theory.witnesses import (
+    LAMBDA,
+    MODULATED,
+    SATURATED,
+    SQUARED,
+    TWICE_BENT,
+    Target,
+    gated_fixed_witness,
+    gated_la_witness,
+    gated_moa_witness,
+    la_witness,
+    largest_error,
+    moa_witness,
+)
+from tests.layers import randomise
 
 QUICK = Effort(3, 80, 200)
 
@@ -38,6 +53,112 @@ def test_one_unit_of_moa_is_the_modulated_ridge(gate) -> None:
     x = torch.tensor([[0.5, 0.5], [-0.5, 0.5], [0.5, -0.5]], dtype=torch.float64)
     half = math.tanh(LAMBDA / 2) / 2
     assert layer(x)[:, 0].tolist() == pytest.approx([half, -half, 0.0], abs=1e-15)
+
+
+GATED = {
+    "fixed": (gated_fixed_witness, SQUARED),
+    "la one": (lambda: gated_la_witness("one"), SATURATED),
+    "la both": (lambda: gated_la_witness("both"), MODULATED),
+    "la pairs": (lambda: gated_la_witness("pairs"), MODULATED),
+    **{
+        f"moa {branches} {gate}": (
+            lambda branches=branches, gate=gate: gated_moa_witness(branches, gate),
+            MODULATED if branches == "one" else TWICE_BENT,
+        )
+        for branches in ("one", "both", "pairs")
+        for gate in ("tanh", "sigmoid")
+    },
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_one_unit_of_a_gated_layer_is_its_function(name: str) -> None:
+    """Gated layers have the functions that plain ones lack: no bound of plain layers is said of them."""
+    build, target = GATED[name]
+    layer = build()
+    assert (layer.hidden_dim, layer.config.form, layer.config.mixing) == (1, "gated", name.split()[0])
+    assert all(mix.gate is None for mix in layer.mixings().values()) or layer.config.mixing == "moa"
+    assert largest_error(layer, target) <= 1e-12
+
+
+def test_functions_of_gated_layers_by_hand() -> None:
+    x = torch.tensor([[0.5, 0.5, 0.25], [-0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.5, 0.5, -0.5]], dtype=torch.float64)
+    eighth = math.tanh(LAMBDA / 2) / 8
+    assert gated_moa_witness("both")(x)[:, 0].tolist() == pytest.approx([eighth, -2 * eighth, 0.0, 0.0], abs=1e-15)
+    x = torch.tensor([[-0.5], [1.0]], dtype=torch.float64)
+    expected = [-math.tanh(0.5), 1 + math.tanh(1.0)]
+    assert gated_la_witness("one")(x)[:, 0].tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def gated_with_kinks_on_the_axes(branches: str, mixing: str = "la", units: int = 60) -> FeedForward:
+    """Random layers on [-1, 1]³ (one branch: ²), a third of whose lines g = 0, and of u = 0, are x₂ = 0, a third of the
+    others contain the x₁ axis."""
+    dim = 2 if branches == "one" else 3
+    layer = FeedForward(dim, FFNConfig(mixing, "gated", activation="relu", branches=branches), hidden_dim=units)
+    randomise(layer.double())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter *= 3
+        for projection in (layer.gate_proj, layer.up_proj):
+            kind = torch.randint(3, (units,), generator=generator)
+            projection.weight[kind < 2, 0] = 0.0
+            projection.bias[kind < 2] = 0.0
+            projection.weight[kind == 0, 2:] = 0.0
+    return layer
+
+
+def jumps_along_the_kink(layer: FeedForward, x1: torch.Tensor) -> torch.Tensor:
+    """At points x₁ (N,): of ∂/∂x₂ across x₂ = 0 in two dimensions, of ∂²/∂x₂∂x₃ across x₂ = 0, x₃ = 0, in three."""
+    dim, near, nearer = layer.dim, 1e-6, 1e-10
+    signs = [(side,) for side in (-1, 1)] if dim == 2 else [(a, b) for a in (-1, 1) for b in (-1, 1)]
+    total = torch.zeros_like(x1)
+    for sign in signs:
+        beside = [side * step for side, step in zip(sign, (nearer, near), strict=False)]
+        point = torch.stack([x1, *(torch.full_like(x1, at) for at in beside)], dim=1).requires_grad_(True)
+        slope = torch.autograd.grad(layer(point)[:, 0].sum(), point, create_graph=dim == 3)[0][:, 1]
+        if dim == 3:
+            slope = torch.autograd.grad(slope.sum(), point)[0][:, 2]
+        total += math.prod(sign) * slope.detach()
+    return total
+
+
+@pytest.mark.parametrize("mixing", ["fixed", "la"])
+def test_with_one_branch_mixed_the_jump_is_affine(mixing: str) -> None:
+    """And so misses the modulated ridge's by twice the bound at least: docs/theory.md, 6."""
+    x1 = torch.linspace(-1, 1, 401, dtype=torch.float64)[1:-1:3]
+    jump = jumps_along_the_kink(gated_with_kinks_on_the_axes("one", mixing), x1)
+    line = np.polynomial.Polynomial.fit(x1, jump, 1)
+    assert float(jump.max() - jump.min()) > 0.1
+    np.testing.assert_allclose(jump, line(x1.numpy()), atol=1e-4)
+
+
+@pytest.mark.parametrize("branches", ["both", "pairs"])
+def test_with_both_mixed_the_jump_of_the_mixed_derivative_is_constant(branches: str) -> None:
+    """And so misses that of the modulated ridge times ReLU(x₃) by tanh(λ): docs/theory.md, 7."""
+    x1 = torch.linspace(-1, 1, 401, dtype=torch.float64)[1:-1:3]
+    jump = jumps_along_the_kink(gated_with_kinks_on_the_axes(branches), x1)
+    assert abs(float(jump.mean())) > 0.1
+    np.testing.assert_allclose(jump, jump.mean().expand_as(jump), atol=1e-3)
+    own = jumps_along_the_kink(gated_moa_witness(branches), x1)
+    np.testing.assert_allclose(own, torch.tanh(LAMBDA * x1), atol=1e-3)
+
+
+def test_the_bound_of_one_branch_is_half_the_distance_from_the_affine_functions() -> None:
+    """Against the best of many slopes; by symmetry the best affine function is a multiple of x."""
+    x = np.linspace(0, 1, 4001)
+    distance = min(float(np.abs(np.tanh(LAMBDA * x) - slope * x).max()) for slope in np.linspace(0.5, 2, 3001))
+    assert one_branch_bound() == pytest.approx(distance / 2, abs=2e-4)
+    assert one_branch_bound() <= distance / 2
+
+
+def test_what_is_said_names_the_layers_that_it_holds_of() -> None:
+    """LA on both branches is the modulated ridge, so no sentence may bound it for LA without saying which."""
+    assert all(name.startswith(("plain ", "gated ")) for name in witness_errors())
+    assert max(witness_errors().values()) <= 1e-12
+    for mark, text in STATEMENTS:
+        if mark == "S" or "bound" in text or "ridge" in text:
+            assert "plain" in text.lower() or "gated" in text.lower() or "mean square" in text
 
 
 def test_a_wrong_weight_of_a_witness_shows() -> None:
