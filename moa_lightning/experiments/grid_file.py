@@ -235,8 +235,8 @@ def _with_axes(task: GridTask, axes: Any, resolve: Resolve) -> Iterator[GridTask
         [(axis, value, entry) for value, entry in _named(values, f"axis {axis}")]
         for axis, values in _named(axes, f"task {task.name}: axes")
     ]
-    for axis, (name, values) in zip(choices, axes.items(), strict=True):
-        if not axis:
+    for found, (name, values) in zip(choices, axes.items(), strict=True):
+        if not found:
             raise UserError(f"axis {name} of task {task.name} has no values ({values!r}); give some, or remove it.")
     for combination in itertools.product(*choices):
         part = task
