@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.publish import published
 from moa_lightning.configs import resolve_config
 from moa_lightning.experiments.grid import Grid
 from moa_lightning.experiments.grid_file import load_grid
@@ -227,3 +228,12 @@ def test_a_wrong_figure_is_found(right: str, wrong: str) -> None:
     page = PAGE.read_text()
     assert page.count(right) == 1
     assert len(wrong_figures(page.replace(right, wrong))) == 1
+
+
+def test_publishing_keeps_the_deciding_metric_of_each_run() -> None:
+    with (ROOT / "docs/results/gates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    other = {"state": "finished", "val/loss": "9", "test/loss": "9", "samples": "9", "folder": "runs/gates"}
+    assert published(study("gates").grid, [{**other, **row, row["metric"]: row["value"]} for row in rows]) == rows
+    with pytest.raises(SystemExit, match="runs/gates has not finished"):
+        published(study("gates").grid, [{**other, **rows[0], "state": "to run"}])
