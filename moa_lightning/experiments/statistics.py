@@ -24,7 +24,7 @@ from moa_lightning.errors import UserError
 CONFIDENCE = 0.95
 ALPHA = 0.05  # chance of any false claim in a family
 LEAST_FOR_BOOTSTRAP = 10
-RESOLUTION = 1e-6  # of a metric, relative: results are float32
+RESOLUTION = 1e-5  # of a metric, relative: means of float32 values over hundreds of batches
 SPEED_RUN_SD = 0.0013  # of one run's loss, assumed by modded-nanogpt's rule
 SPEED_RUN_STEP = 0.004  # its threshold, at that standard deviation
 
@@ -33,14 +33,15 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True)
 class Paired:
-    """Variant minus baseline over the seeds that both have. Without two finite pairs the later fields are NaN."""
+    """Variant minus baseline over the seeds that both have. Without two finite pairs the later fields are NaN;
+    where all differences are equal and not zero, those after `sd`."""
 
     n: int  # pairs
     mean: float
     sd: float  # of the differences, n - 1 in the denominator
     low: float  # interval of the mean
     high: float
-    t: float  # mean over its standard error; infinite where all differences are equal
+    t: float  # mean over its standard error
     p: float  # two-sided
     verdict: str  # in words
     differences: tuple[float, ...] = ()  # by seed, in their order
@@ -56,10 +57,23 @@ def compare(
         mode: "min" where less is better, "max" where more is.
         confidence: of the two-sided interval.
 
-    Differences that are equal but for the rounding of float32 metrics have sd 0.
+    Differences that are equal but for the rounding of float32 metrics have sd 0, and those that are not zero have no
+    interval and no p value: a coarse metric (counts of images) on few seeds comes to them by chance.
     """
-    seeds = sorted(variant.keys() & baseline.keys())
-    pairs = [variant[seed] - baseline[seed] for seed in seeds]
+    return compare_weighted(((1, variant), (-1, baseline)), mode, confidence)
+
+
+def compare_weighted(
+    sides: Sequence[tuple[float, Mapping[int, float]]], mode: str, confidence: float = CONFIDENCE
+) -> Paired:
+    """The same for any weighted sum of metrics within a seed, such as a difference of differences.
+
+    Args:
+        sides: weight, seed -> metric.
+        mode, confidence: as in `compare`.
+    """
+    seeds = sorted(set.intersection(*(set(side) for _, side in sides)))
+    pairs = [sum(weight * side[seed] for weight, side in sides) for seed in seeds]
     n = len(pairs)
     lost = sum(not math.isfinite(pair) for pair in pairs)
     if n == 0:
@@ -69,12 +83,15 @@ def compare(
     if n == 1:
         return _without_interval(1, pairs[0], "one seed: no interval")
     mean, sd = fmean(pairs), stdev(pairs)
-    noise = RESOLUTION * max(abs(value) for side in (variant, baseline) for value in (side[seed] for seed in seeds))
+    noise = RESOLUTION * max(abs(side[seed]) for _, side in sides for seed in seeds)
     if sd <= noise:  # rounding alone: counts of as many more images, as percentages
-        mean, sd = 0.0 if abs(mean) <= noise else mean, 0.0
+        if abs(mean) > noise:
+            verdict = f"the same difference on all {n} seeds: no interval"
+            return Paired(n, mean, 0.0, math.nan, math.nan, math.nan, math.nan, verdict, tuple(pairs))
+        mean, sd = 0.0, 0.0
     error = sd / math.sqrt(n)
     half = float(student.ppf((1 + confidence) / 2, n - 1)) * error
-    statistic = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+    statistic = mean / error if error else 0.0
     p = float(2 * student.sf(abs(statistic), n - 1))
     return Paired(
         n, mean, sd, mean - half, mean + half, statistic, p, _verdict(mean - half, mean + half, mode), tuple(pairs)
@@ -142,23 +159,16 @@ def judge_family(
     A comparison whose differences are all equal and not zero has no spread to judge by (a coarse metric on few seeds
     does that by chance): it gets no verdict either, and counts like the other ones without an interval.
     """
-    p_values = {name: math.nan if _spreadless(paired) else paired.p for name, paired in comparisons.items()}
-    adjusted = holm(p_values)
+    adjusted = holm({name: paired.p for name, paired in comparisons.items()})
     judged = {}
     for name, paired in comparisons.items():
         p = adjusted[name]
-        if _spreadless(paired):
-            verdict = f"the same difference on all {paired.n} seeds: no interval"
-        elif math.isnan(p):
+        if math.isnan(p):
             verdict = paired.verdict
         else:
             verdict = _direction(paired.mean, modes[name]) if p <= alpha else "no difference shown"
         judged[name] = Judged(paired, p, len(comparisons), verdict)
     return judged
-
-
-def _spreadless(paired: Paired) -> bool:
-    return paired.sd == 0 and paired.mean != 0
 
 
 def bootstrap_interval(
