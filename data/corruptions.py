@@ -28,7 +28,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from data.transforms import Transform
 from moa_lightning.errors import UserError
 
-SEVERITIES = 5
+SEVERITIES, MIDDLE = 5, 3
 SIDE = 32  # pixels for which lengths are given
 OCTAVES = 6
 
@@ -55,14 +55,21 @@ class Corrupted:
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def corruption_names(name: str, severity: int) -> tuple[str, ...]:
-    """The corruptions that a name, a group or "all" means.
+def corruption_names(name: str | None, severity: int) -> tuple[str, ...]:
+    """The corruptions that a name, a group or "all" means; with None there are none.
 
     Raises:
-        UserError: there is none of that name, or no such severity.
+        UserError: there is none of that name, or no such severity, or one without a corruption.
     """
     if severity not in range(1, SEVERITIES + 1):
         raise UserError(f"severity is {severity}: give a strength from 1 to {SEVERITIES}")
+    if name is None:
+        if severity != MIDDLE:
+            raise UserError(
+                f"severity is {severity} and there is no corruption: give data.corruption too, or leave data.severity "
+                f"at {MIDDLE}"
+            )
+        return ()
     if name in CORRUPTIONS:
         return (name,)
     groups = {**GROUPS, "all": tuple(each for group, names in GROUPS.items() if group != "shift" for each in names)}

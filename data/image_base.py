@@ -21,7 +21,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import grayscale_to_rgb, rgb_to_grayscale
 
 from data.base import EVAL_SEED, DataModule, Loader, Samples
-from data.corruptions import Corrupted, corruption_names
+from data.corruptions import MIDDLE, Corrupted, corruption_names
 from data.faults import BadSample
 from data.shards import UNLABELLED
 from data.subsets import check_counts, describe_little, little_data, share
@@ -190,7 +190,7 @@ class ImageModule(DataModule):
             other seeds stay comparable. Validation and test images do not depend on it.
         corruption: what held-out images suffer in evaluation: the name of a corruption, or noise, blur, weather,
             digital, shift or all, of which each image draws one; None: nothing. The bank stays clean.
-        severity: of the corruption, 1 to 5.
+        severity: of the corruption, 1 to 5; without one it stays 3.
         options: `DataModule`'s. `train_fraction` is of what per_class and imbalance leave, and the same of each class;
             the bank does not shrink with it, so that all shares are judged alike.
     """
@@ -210,7 +210,7 @@ class ImageModule(DataModule):
         imbalance: float = 1.0,
         subset_seed: int = 0,
         corruption: str | None = None,
-        severity: int = 3,
+        severity: int = MIDDLE,
         **options: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, **options)
@@ -230,7 +230,7 @@ class ImageModule(DataModule):
         self.crop_ratio = crop_ratio
         self.per_class, self.imbalance, self.subset_seed = per_class, imbalance, subset_seed
         self.corruption, self.severity = corruption, severity
-        self.corruptions = corruption_names(corruption, severity) if corruption else ()
+        self.corruptions = corruption_names(corruption, severity)
         self.training_images: str | None = None  # which of them are kept, in words
         self.tests_on_val = False  # whether the source has no test split
         self.mean, self.std = tuple(mean), tuple(std)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from moa_lightning.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson")
+LARGEST = 3.4028234663852886e38  # of float32, in which labels are learned
+SHOWN = 40  # characters of a value in a message
 
 
 class Record(NamedTuple):
@@ -117,6 +119,10 @@ def number_of(record: Record, field: str) -> float | None:
         value = float(given)
     except (TypeError, ValueError):
         value = float("nan")
-    if value - value != 0:  # NaN and infinities
-        raise UserError(f"{record.place} has the {field} {given!r}, which is no finite number")
+    except OverflowError:  # a whole number of more than 308 digits
+        value = float("inf")
+    if not abs(value) <= LARGEST:  # NaN neither
+        shown = repr(given)
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+        raise UserError(f"{record.place} has the {field} {shown}, which is no finite number of single precision")
     return value

@@ -59,6 +59,14 @@ class RunCheckpoint(ModelCheckpoint):
         """Of a checkpoint in a folder."""
         return name.endswith(self.FILE_EXTENSION) and name == Path(name).name
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        steps = trainer.estimated_stepping_batches
+        if self.rewind_step is not None and self.rewind_step > steps:
+            raise UserError(
+                f"checkpoint.rewind_step is {self.rewind_step} and the run has {steps} steps; give an early one of them"
+            )
+
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_batch_end(trainer, *args)
         if trainer.global_step == self.rewind_step and steps_in_this_batch(trainer):

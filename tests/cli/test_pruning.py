@@ -81,6 +81,7 @@ def test_a_round_that_was_stopped_goes_on_with_its_mask(moa: Moa) -> None:
         ("--pruning.sparsity 0.5 --pruning.rewind_to nowhere", "checkpoint 'nowhere' does not exist"),
         ("--pruning.sparsity 0.5 --pruning.dense_blocks 9", "lower pruning.dense_blocks"),
         ("--checkpoint.rewind_step 0", "checkpoint.rewind_step is 0"),
+        ("--checkpoint.rewind_step 3", "checkpoint.rewind_step is 3 and the run has 2 steps"),
     ],
 )
 def test_mistakes_are_one_sentence(moa: Moa, options: str, sentence: str) -> None:

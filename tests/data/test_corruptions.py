@@ -33,8 +33,11 @@ def test_fifteen_corruptions_in_four_groups_and_shifts():
     assert corruption_names("fog", 5) == ("fog",)
     with pytest.raises(UserError, match="corruption 'fogg' is unknown; choose from gaussian_noise"):
         Images(corruption="fogg")
-    with pytest.raises(UserError, match="severity is 6"):
-        Images(corruption="fog", severity=6)
+    for options in ({"corruption": "fog"}, {}):
+        with pytest.raises(UserError, match="severity is 6: give a strength from 1 to 5"):
+            Images(severity=6, **options)
+    with pytest.raises(UserError, match="severity is 5 and there is no corruption"):
+        Images(severity=5)
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

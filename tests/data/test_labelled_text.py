@@ -189,6 +189,10 @@ def test_own_files_have_a_row_a_line(tmp_path: Path) -> None:
     table(tmp_path / "train.tsv", "text|score", "a|1.5", "b|nan")
     with pytest.raises(UserError, match="line 3 has the score 'nan', which is no finite number"):
         data.LabelledFiles(str(tmp_path / "train.tsv"), label="score", numbers=True).setup()
+    for score in ("9" * 400, "1e39", "-1e39", "NaN"):  # no float64, no float32
+        (tmp_path / "train.jsonl").write_text(f'{{"text": "a", "label": 3.4e38}}\n{{"text": "b", "label": {score}}}\n')
+        with pytest.raises(UserError, match=r"train\.jsonl line 2 has the label .{3,43}, which is no finite number of"):
+            data.LabelledFiles(str(tmp_path / "train.jsonl"), numbers=True).setup()
     table(tmp_path / "train.tsv", "text|score", "a")
     with pytest.raises(UserError, match="line 2 has 1 cells for 2 columns"):
         data.LabelledFiles(str(tmp_path / "train.tsv"), label="score").setup()
