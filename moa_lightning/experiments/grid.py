@@ -69,6 +69,10 @@ class GridTask:
     """axis -> the value that this task has there"""
     base: str = ""
     """name in the grid file, without the axes"""
+    variants: tuple[str, ...] | None = None
+    """those that it has; None: all of the grid"""
+    judged: bool = True
+    """False: its runs are there for other tasks, and nothing is claimed about them"""
 
     @property
     def final_metric(self) -> str:
@@ -205,6 +209,14 @@ class Run:
         return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()
 
 
+class Claim(NamedTuple):
+    """A comparison that the grid makes, declared beforehand."""
+
+    task: str
+    name: str
+    """the variant that is compared"""
+
+
 @dataclass(frozen=True)
 class Grid:
     """A checked grid file."""
@@ -237,8 +249,23 @@ class Grid:
 
     @property
     def claims(self) -> int:
-        """Comparisons in the grid's family: every variant on every task, but for baselines with themselves."""
-        return len(self.tasks) * sum(self.against(variant) != variant.name for variant in self.variants)
+        """How many comparisons are in the grid's family."""
+        return len(self.family())
+
+    def family(self) -> dict[Claim, dict[str, int]]:
+        """The comparisons that are judged together: every variant of every judged task, but for baselines with
+        themselves. Each with the variants whose metrics it sums up within a seed, and their weights."""
+        return {
+            Claim(task.name, variant.name): {variant.name: 1, self.against(variant): -1}
+            for task in self.tasks
+            if task.judged
+            for variant in self.variants_of(task)
+            if self.against(variant) != variant.name
+        }
+
+    def variants_of(self, task: GridTask) -> tuple[GridVariant, ...]:
+        """The variants that a task has."""
+        return tuple(each for each in self.variants if task.variants is None or each.name in task.variants)
 
     def against(self, variant: GridVariant) -> str:
         """The variant that this one is compared with."""
@@ -257,7 +284,7 @@ class Grid:
             for other in self.tasks
             if any(
                 name.startswith(beginning)
-                for variant in self.variants
+                for variant in self.variants_of(other)
                 for value in self.options(other, variant).values()
                 for name in OTHER_RUN.findall(value)
             )

@@ -34,7 +34,7 @@ GRID_KEYS = (
 )
 TASK_KEYS = (
     *("config", "metric", "mode", "test_metric", "effect", "target", "target_sd", "overrides", "budget", "tune"),
-    "axes",
+    *("axes", "variants", "judged"),
 )
 AXIS_KEYS = ("config", "overrides", "budget")
 VARIANT_KEYS = ("config", "overrides", "against", "freeze_gates")
@@ -100,12 +100,13 @@ def _check(grid: Grid, where: str) -> None:
             given = ", ".join(map(str, both))
             raise UserError(f"{where}: seeds {given} would be used for tuning and for final runs; tune on others.")
     for task in grid.tasks:
-        if grid.seeds.most > len(grid.seeds.pilot) and task.effect is None:
+        _check_variants(grid, task)
+        if grid.seeds.most > len(grid.seeds.pilot) and task.judged and task.effect is None:
             raise UserError(
                 f"task {task.name} has no `effect`, the smallest difference in {task.final_metric} that matters: "
                 "it decides the number of seeds after the pilot."
             )
-        for variant in grid.variants:
+        for variant in grid.variants_of(task):
             options = grid.options(task, variant)
             set_twice = [option for option in BUDGET_OPTIONS if option in options]
             if task.budget is not None and set_twice:
@@ -123,14 +124,28 @@ def _check(grid: Grid, where: str) -> None:
         raise UserError(f"{where}: tune has seeds, but no task has options to tune; give `options`, or remove tune.")
 
 
+def _check_variants(grid: Grid, task: GridTask) -> None:
+    """A task has variants of the grid, and with each the one that it is compared with."""
+    names, own = [variant.name for variant in grid.variants], [variant.name for variant in grid.variants_of(task)]
+    if unknown := [name for name in task.variants or () if name not in names]:
+        raise UserError(f"task {task.name} has variant {unknown[0]!r}; choose from {', '.join(names)}.")
+    for variant in grid.variants_of(task) if task.judged else ():
+        if grid.against(variant) not in own:
+            raise UserError(
+                f"task {task.name} has variant {variant.name}, but not {grid.against(variant)}, with which it is "
+                "compared; add that one, or say `judged: false`."
+            )
+
+
 def _check_other_runs(grid: Grid, task: GridTask, variant: GridVariant, options: Mapping[str, str]) -> None:
     """What {run:variant} and {run:task/variant} name must come before the one that names it: no run waits for ever."""
-    tasks, variants = [task.name for task in grid.tasks], [variant.name for variant in grid.variants]
+    of_task = {each.name: [v.name for v in grid.variants_of(each)] for each in grid.tasks}
+    tasks, variants = list(of_task), of_task[task.name]
     before = tasks[: tasks.index(task.name)], variants[: variants.index(variant.name)]
     for option, value in options.items():
         for name in OTHER_RUN.findall(value):
             other, slash, run = name.rpartition("/")
-            known = other in before[0] and run in variants if slash else run in before[1]
+            known = other in before[0] and run in of_task[other] if slash else run in before[1]
             if not known:
                 raise UserError(
                     f"variant {variant.name}: {option} is {value}, but '{name}' is neither a variant listed before it "
@@ -213,6 +228,11 @@ def _task(name: str, entry: Any, resolve: Resolve) -> GridTask:
         raise UserError(f"{where} has target {target!r}; give a value of {entry['metric']}.")
     if target_sd is not None and not 0 < _number(target_sd) < math.inf:
         raise UserError(f"{where} has target_sd {target_sd!r}; give the standard deviation of a run, above 0.")
+    variants, judged = entry.get("variants"), entry.get("judged", True)
+    if variants is not None and not _is_list_of_names(variants):
+        raise UserError(f"{where} has variants {variants!r}; give a list of names, each once, or remove the line.")
+    if not isinstance(judged, bool):
+        raise UserError(f"{where} has judged {judged!r}; give true or false.")
     return GridTask(
         name,
         configs,
@@ -226,6 +246,8 @@ def _task(name: str, entry: Any, resolve: Resolve) -> GridTask:
         budget=_budget(entry.get("budget"), where),
         tune=_values(entry.get("tune") or {}, where),
         base=name,
+        variants=None if variants is None else tuple(variants),
+        judged=judged,
     )
 
 
@@ -331,6 +353,11 @@ def _mapping(entry: Any, where: str, known: tuple[str, ...] | None) -> dict[str,
         if known is not None and key not in known:
             raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(known)}.")
     return entry
+
+
+def _is_list_of_names(value: Any) -> bool:
+    """Whether it is a list of different texts, one or more."""
+    return isinstance(value, list) and all(isinstance(n, str) for n in value) and 0 < len(value) == len(set(value))
 
 
 def _is_int(value: Any) -> bool:

@@ -68,7 +68,7 @@ class Schedule:
             self.tuning_run(task, variant, setting, seed)
             for seed in self.grid.tuning.seeds
             for task in self.grid.tasks
-            for variant in self.grid.variants
+            for variant in self.grid.variants_of(task)
             for setting in settings(task)
         ]
 
@@ -131,7 +131,7 @@ class Schedule:
 
     def _own_seeds(self, task: GridTask) -> tuple[int, ...]:
         seeds = self.grid.seeds
-        if seeds.most == len(seeds.pilot):
+        if seeds.most == len(seeds.pilot) or not task.judged:
             return seeds.pilot
         metrics = self._pilot_metrics(task)
         if metrics is None:
@@ -141,9 +141,9 @@ class Schedule:
 
     def plan(self, task: GridTask) -> Plan | None:
         """What the pilot says about the number of seeds; None without a pilot, or where it has not finished or tells
-        nothing (fewer than two variants with finite values, no spread)."""
+        nothing (fewer than two variants with finite values, no spread), or nothing is judged."""
         seeds = self.grid.seeds
-        if seeds.most == len(seeds.pilot) or (metrics := self._pilot_metrics(task)) is None:
+        if seeds.most == len(seeds.pilot) or not task.judged or (metrics := self._pilot_metrics(task)) is None:
             return None
         return self._plan(task, metrics)
 
@@ -155,7 +155,7 @@ class Schedule:
         finite = {name: found for name, found in metrics.items() if all(map(math.isfinite, found.values()))}
         if len(finite) < 2 or (pilot := pilot_of_grid(finite)).sd == 0:
             return None
-        assert task.effect is not None  # grid_file.py asks for it
+        assert task.effect is not None  # grid_file.py asks for it of judged tasks
         try:
             needed = seeds_after_pilot(task.effect, pilot, target=self.grid.seeds.power, comparisons=self.grid.claims)
         except UserError:  # beyond all bounds
@@ -165,7 +165,7 @@ class Schedule:
     def _pilot_metrics(self, task: GridTask) -> dict[str, dict[int, float]] | None:
         """variant -> seed -> metric of the pilot's runs, None before all of them have finished."""
         metrics: dict[str, dict[int, float]] = {}
-        for variant in self.grid.variants:
+        for variant in self.grid.variants_of(task):
             values = {seed: self._final_value(task, variant, seed) for seed in self.grid.seeds.pilot}
             if None in values.values():
                 return None
@@ -186,7 +186,7 @@ class Schedule:
             for seed in order
             for task in self.grid.tasks
             if seed in wanted[task.name]
-            for variant in self.grid.variants
+            for variant in self.grid.variants_of(task)
         ]
         return [run for run in runs if run is not None]
 
@@ -196,7 +196,7 @@ class Schedule:
 
     def total(self) -> int:
         """How many runs there will be, as far as can be told now."""
-        finals = sum(len(self.seeds(task)) for task in self.grid.tasks) * len(self.grid.variants)
+        finals = sum(len(self.seeds(task)) * len(self.grid.variants_of(task)) for task in self.grid.tasks)
         return len(self.tuning_runs()) + finals
 
 

@@ -17,13 +17,21 @@ from rich.table import Table
 from rich.text import Text
 
 from moa_lightning.errors import UserError
-from moa_lightning.experiments.grid import Grid, GridTask, Run
+from moa_lightning.experiments.grid import Claim, Grid, GridTask, Run
 from moa_lightning.experiments.power import POWER, detectable_effect, seeds_needed
 from moa_lightning.experiments.schedule import Choice, Schedule, setting_name
 from moa_lightning.experiments.state import Result, State
-from moa_lightning.experiments.statistics import CONFIDENCE, Judged, Paired, bootstrap_interval, compare, judge_family
+from moa_lightning.experiments.statistics import (
+    CONFIDENCE,
+    Judged,
+    Paired,
+    bootstrap_interval,
+    compare_weighted,
+    judge_family,
+)
 
 FOLDED = ("difference", "verdict")  # columns that a narrow terminal breaks into lines
+NOT_JUDGED = "not judged"  # the task is there for others
 UNDECIDED = "not decided"  # before all seeds have finished: looking early and often would claim more than 5 %
 RIGHT = ("parameters", "seconds", "detectable", "would show", "p", "seeds")
 NARROW = ("task", "metric", "p", "detectable", "would show")  # columns that a terminal has no room for
@@ -54,10 +62,16 @@ class Row:
     parameters: int | None
     seconds: float  # median over seeds
     against: str
-    difference: Judged | None  # None for the baseline itself
+    difference: Judged | None  # None for the baseline itself, and in tasks that are not judged
     detectable: float  # difference that the seeds show with POWER; NaN below two pairs
     seeds_to_show: int | None  # that would show the difference seen with POWER
     choice: Choice | None  # of the tuned options; None where tuning has not ended
+
+    @property
+    def verdict(self) -> str:
+        if self.difference is not None:
+            return self.difference.verdict
+        return "baseline" if self.task.judged else NOT_JUDGED
 
     def cells(self) -> dict[str, str]:
         """As read by people, by heading."""
@@ -72,7 +86,7 @@ class Row:
             "seconds": _seconds(self.seconds),
             "difference": "" if judged is None else interval(judged.paired),
             "p": "" if judged is None or math.isnan(judged.p_adjusted) else f"{judged.p_adjusted:.2g}",
-            "verdict": "baseline" if judged is None else judged.verdict,
+            "verdict": self.verdict,
             "detectable": "" if math.isnan(self.detectable) else f"{self.detectable:.2g}",
             "would show": "" if self.seeds_to_show is None else f"{self.seeds_to_show:,}",
             "seeds": str(self.n) if self.n == self.wanted else f"{self.n} of {self.wanted}",
@@ -93,20 +107,23 @@ def make_rows(schedule: Schedule, results: Mapping[Run, Result]) -> list[Row]:
     finals = {run: result for run, result in results.items() if run.setting is None}
     wanted = {task.name: len(schedule.seeds(task)) for task in grid.tasks}
     compared = _comparisons(grid, finals)
-    modes = {(task.name, variant.name): task.mode for task in grid.tasks for variant in grid.variants}
+    modes = {task.name: task.mode for task in grid.tasks}
     # the p value that an unfinished comparison has by now must not ease Holm's correction of the others either
-    done = {name: pair if pair.n >= wanted[name[0]] else replace(pair, p=math.nan) for name, pair in compared.items()}
-    judged = judge_family(done, {name: modes[name] for name in compared})
+    done = {
+        claim: pair if pair.n >= wanted[claim.task] else replace(pair, p=math.nan) for claim, pair in compared.items()
+    }
+    judged = judge_family(done, {claim: modes[claim.task] for claim in compared})
     rows = []
     for task in grid.tasks:
-        for variant in sorted(grid.variants, key=lambda variant: variant.name != grid.baseline):
+        for variant in sorted(grid.variants_of(task), key=lambda variant: variant.name != grid.baseline):
             found = [result for run, result in finals.items() if (run.task, run.variant) == (task.name, variant.name)]
             values = [result.metrics[task.final_metric] for result in found]
             seconds = [result.seconds for result in found if not result.diverged]
-            difference = judged.get((task.name, variant.name))
+            claim = Claim(task.name, variant.name)
+            difference = judged.get(claim)
             if difference is not None and difference.paired.n < wanted[task.name]:
                 undecided = f"{UNDECIDED}: {difference.paired.n} of {wanted[task.name]} pairs"
-                difference = replace(difference, paired=compared[task.name, variant.name], verdict=undecided)
+                difference = replace(difference, paired=compared[claim], verdict=undecided)
             rows.append(
                 Row(
                     task=task,
@@ -127,20 +144,20 @@ def make_rows(schedule: Schedule, results: Mapping[Run, Result]) -> list[Row]:
     return rows
 
 
-def _comparisons(grid: Grid, finals: Mapping[Run, Result]) -> dict[tuple[str, str], Paired]:
-    """Each claim of the grid: a variant on a task against its baseline."""
-    compared = {}
-    for task in grid.tasks:
-        by_variant: dict[str, dict[int, float]] = {variant.name: {} for variant in grid.variants}
-        for run, result in finals.items():
-            if run.task == task.name:
-                by_variant[run.variant][run.seed] = result.metrics[task.final_metric]
-        for variant in grid.variants:
-            other = grid.against(variant)
-            if other != variant.name:
-                pair = compare(by_variant[variant.name], by_variant[other], task.mode)
-                compared[task.name, variant.name] = pair
-    return compared
+def _comparisons(grid: Grid, finals: Mapping[Run, Result]) -> dict[Claim, Paired]:
+    """Each claim of the grid, on the seeds that have finished."""
+    tasks = {task.name: task for task in grid.tasks}
+    by_variant: dict[tuple[str, str], dict[int, float]] = {}
+    for run, result in finals.items():
+        found = by_variant.setdefault((run.task, run.variant), {})
+        found[run.seed] = result.metrics[tasks[run.task].final_metric]
+    return {
+        claim: compare_weighted(
+            [(weight, by_variant.get((claim.task, variant), {})) for variant, weight in weights.items()],
+            tasks[claim.task].mode,
+        )
+        for claim, weights in grid.family().items()
+    }
 
 
 def _detectable(judged: Judged | None) -> float:
@@ -235,7 +252,7 @@ def _record(row: Row) -> dict[str, object]:
         "pairs": judged.paired.n if judged else "",
         "p_adjusted": judged.p_adjusted if judged else "",
         "family": judged.family if judged else "",
-        "verdict": judged.verdict if judged else "baseline",
+        "verdict": row.verdict,
         "detectable": row.detectable,
         "seeds_to_show": row.seeds_to_show,
     }

@@ -100,7 +100,7 @@ def _target(grid: Grid, task: GridTask, results: Mapping[Run, Result]) -> list[B
     if task.target is None:
         return []
     lines = []
-    for variant in grid.variants:
+    for variant in grid.variants_of(task):
         mine = [
             r for run, r in results.items() if (run.task, run.variant, run.setting) == (task.name, variant.name, None)
         ]

@@ -70,6 +70,31 @@ def test_a_grid_ends_with_table_pictures_and_the_tensorboard_line(
     assert len(begun(tmp_path)) == 18
 
 
+def test_tasks_with_variants_of_their_own_and_tasks_that_are_not_judged(
+    ablate: Ablate, make_grid: MakeGrid, tmp_path: Path
+) -> None:
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    tasks = {
+        "first": {**task, "variants": ["moa"], "judged": False, "target": 2.0},
+        "second": {**task, "variants": ["gelu", "moa"], "overrides": {"after": "{run:first/moa}"}},
+    }
+    done = ablate(make_grid(tasks=tasks))
+    assert done.status == 0, done.output
+    assert "[9/9]" in done.output
+    assert {"/".join(line.split()[0].split("/")[:2]) for line in begun(tmp_path)} == {
+        *("first/moa", "second/gelu", "second/moa"),
+    }
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert [(row["task"], row["variant"], row["family"], row["verdict"]) for row in rows] == [
+        ("first", "moa", "", "not judged"),
+        ("second", "gelu", "", "baseline"),
+        ("second", "moa", "1", "better"),
+    ]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "of 1 comparisons: 1 better" in report
+    assert "no run yet" not in report, "of variants that the task does not have"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_continued_is_the_same_as_never_stopped(
     ablate: Ablate, make_grid: MakeGrid, tmp_path: Path, number: signal.Signals

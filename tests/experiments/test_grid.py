@@ -8,7 +8,7 @@ import pytest
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments.command import ablate_command
-from moa_lightning.experiments.grid import Need, Run
+from moa_lightning.experiments.grid import Claim, Need, Run
 from moa_lightning.experiments.grid_file import load_grid
 from moa_lightning.experiments.runner import make_schedule
 
@@ -96,7 +96,19 @@ def test_mistakes_are_one_sentence(make_grid: MakeGrid, entries: dict[str, Any],
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("entry", "words"), [({"metric": None}, "has no metric"), ({"mode": "less"}, "min or max")])
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"metric": None}, "has no metric"),
+        ({"mode": "less"}, "min or max"),
+        ({"variants": "gelu"}, "task t has variants 'gelu'; give a list"),
+        ({"variants": []}, "give a list"),
+        ({"variants": ["gelu", "gelu"]}, "each once"),
+        ({"variants": ["gelu", "relu"]}, "task t has variant 'relu'; choose from gelu, la, moa"),
+        ({"variants": ["la", "moa"]}, "task t has variant la, but not gelu, with which it is compared; add that one"),
+        ({"judged": 0}, "judged 0; give true or false"),
+    ],
+)
 def test_mistakes_in_a_task(make_grid: MakeGrid, tmp_path: Path, entry: dict[str, Any], words: str) -> None:
     task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"} | entry
     with pytest.raises(UserError, match=words):
@@ -156,3 +168,41 @@ def test_a_run_of_another_task(make_grid: MakeGrid, tmp_path: Path) -> None:
     tasks["second"]["tune"] = {"rate": [1, 2]}
     with pytest.raises(UserError, match="task second is tuned, so start cannot name a run of another task"):
         runs(make_grid(tasks=tasks, variants={"gelu": {}}, seeds=[0], tune={"seeds": [9]}))
+
+
+def test_a_task_has_only_its_variants(make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": str(tmp_path / "task.yaml"), "metric": "val/loss", "mode": "min"}
+    variants = {"gelu": {}, "la": {}, "moa": {"against": "la"}}
+    tasks = {"all": task, "pair": {**task, "variants": ["moa", "la"]}, "alone": {**task, "variants": ["gelu"]}}
+    with pytest.raises(UserError, match="variant la, but not gelu"):
+        load_grid(make_grid(tasks=tasks, variants=variants), find)
+    tasks["pair"]["variants"] = ["moa", "gelu", "la"]
+    tasks["material"] = {**task, "variants": ["moa"], "judged": False}
+    grid = load_grid(make_grid(tasks=tasks, variants=variants, seeds=[0]), find)
+    assert [v.name for v in grid.variants_of(grid.tasks[1])] == ["gelu", "la", "moa"], "in the grid's order"
+    assert list(grid.family().items()) == [
+        (Claim("all", "la"), {"la": 1, "gelu": -1}),
+        (Claim("all", "moa"), {"moa": 1, "la": -1}),
+        (Claim("pair", "la"), {"la": 1, "gelu": -1}),
+        (Claim("pair", "moa"), {"moa": 1, "la": -1}),
+    ]
+    assert grid.claims == 4
+    found = make_schedule(grid)
+    assert [run.name for run in found.runs()][-2:] == ["alone/gelu/seed0", "material/moa/seed0"]
+    assert found.total() == len(found.runs()) == 3 + 3 + 1 + 1
+
+
+def test_a_run_names_only_variants_that_its_task_has(make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": str(tmp_path / "task.yaml"), "metric": "val/loss", "mode": "min"}
+    tasks = {"first": {**task, "variants": ["gelu"]}, "second": {**task, "overrides": {"from": "{run:first/gelu}"}}}
+    variants = {"gelu": {}, "la": {}}
+    assert len(runs(make_grid(tasks=tasks, variants=variants, seeds=[0]))) == 3
+    tasks["second"]["overrides"] = {"from": "{run:first/{variant}}"}
+    with pytest.raises(UserError, match="'first/la' is neither"):
+        runs(make_grid(tasks=tasks, variants=variants, seeds=[0]))
+    tasks["second"]["variants"] = ["gelu"]
+    assert len(runs(make_grid(tasks=tasks, variants=variants, seeds=[0]))) == 2
+    here = {"first": {**task, "variants": ["la"], "judged": False}}
+    variants["la"] = {"overrides": {"from": "{run:gelu}"}}
+    with pytest.raises(UserError, match="'gelu' is neither"):
+        runs(make_grid(tasks=here, variants=variants))

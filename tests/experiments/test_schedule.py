@@ -97,6 +97,35 @@ def test_a_task_has_the_seeds_of_those_that_build_on_it(make_grid: MakeGrid, tmp
     assert plan.seeds(tasks["first"]) == plan.seeds(tasks["second"])
 
 
+def test_a_task_that_is_not_judged_has_the_seeds_of_those_that_build_on_it(make_grid: MakeGrid, tmp_path: Path) -> None:
+    """It needs no `effect`, has no plan, and its spread asks for nothing."""
+    first = task_of(tmp_path / "x", judged=False)
+    second = task_of(tmp_path / "x", effect=0.005, overrides={"start": "{run:first/gelu}"})
+    lone = task_of(tmp_path / "x", judged=False)
+    path = make_grid(tasks={"first": first, "second": second, "lone": lone}, seeds={"pilot": [0, 1, 2], "most": 20})
+    noise = {"gelu": (0.0, 0.004, 0.001), "la": (0.003, 0.0, 0.002), "moa": (0.001, 0.0, 0.004)}
+    plan = schedule(path, lambda run: noise[run.variant][run.seed] if run.seed < 3 else None)
+    tasks = {task.name: task for task in plan.grid.tasks}
+    assert plan.plan(tasks["first"]) is None
+    assert plan.seeds(tasks["lone"]) == (0, 1, 2)
+    assert len(plan.seeds(tasks["second"])) > 3
+    assert plan.seeds(tasks["first"]) == plan.seeds(tasks["second"])
+    assert plan.grid.claims == 2
+
+
+def test_tuning_and_pilot_are_of_the_tasks_own_variants(make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = task_of(tmp_path / "x", effect=0.005, variants=["gelu", "la"])
+    path = make_grid(tasks={"t": task}, tune=TUNE, seeds={"pilot": [0, 1, 2], "most": 20})
+    noise = {"gelu": (0.0, 0.004, 0.001), "la": (0.003, 0.0, 0.002)}
+    plan = schedule(path, lambda run: 1.0 if run.setting else noise[run.variant][run.seed] if run.seed < 3 else None)
+    assert {run.variant for run in plan.runs()} == {"gelu", "la"}
+    assert len(plan.tuning_runs()) == 2 * 2 * 3
+    asked = plan.plan(plan.grid.tasks[0])
+    assert asked is not None
+    pilot = pilot_of_grid({name: dict(enumerate(values)) for name, values in noise.items()})
+    assert asked.needed == seeds_after_pilot(0.005, pilot, target=0.8, comparisons=1)
+
+
 def test_tokens_of_images_are_refused(make_grid: MakeGrid) -> None:
     plan = Schedule(
         load_grid(make_grid(budget={"tokens": 5}), Path), lambda *_: Size(10, 8, None, 1e3), lambda run: None

@@ -100,6 +100,32 @@ def test_an_unfinished_comparison_eases_no_other(tmp_path: Path) -> None:
     assert alone.p_adjusted == beside.p_adjusted == pytest.approx(2 * alone.paired.p)
 
 
+def test_a_task_that_is_not_judged_has_means_and_no_claims(tmp_path: Path) -> None:
+    small = grid(tmp_path)
+    material = replace(TASK, name="material", judged=False)
+    two = make_schedule(replace(small.grid, tasks=(TASK, material)))
+    rows = make_rows(two, results(two, {"gelu": [1.21, 1.23, 1.25], "moa": [1.20, 1.21, 1.22]}))
+    assert [row.verdict for row in rows] == ["baseline", "no difference shown", "not judged", "not judged"]
+    assert cells(rows[3]) == ("1.210 ± 0.010", "", "not judged", "3")
+    assert rows[1].difference is not None
+    assert rows[1].difference.family == 1
+    assert rows[1].difference.p_adjusted == rows[1].difference.paired.p, "nothing else is in the family"
+    alone = make_schedule(replace(small.grid, tasks=(material,)))
+    rows = make_rows(alone, results(alone, {"gelu": [1.21, 1.23, 1.25], "moa": [1.20, 1.21, 1.22]}))
+    assert [row.verdict for row in rows] == ["not judged", "not judged"]
+
+
+def test_only_the_variants_of_a_task_have_rows_and_claims(tmp_path: Path) -> None:
+    small = grid(tmp_path)
+    few = make_schedule(replace(small.grid, tasks=(TASK, replace(TASK, name="few", variants=("gelu",)))))
+    rows = make_rows(few, results(few, {"gelu": [1.21, 1.23, 1.25], "moa": [1.20, 1.21, 1.22]}))
+    assert [(row.task.name, row.variant) for row in rows] == [
+        *(("language", "gelu"), ("language", "moa")),
+        ("few", "gelu"),
+    ]
+    assert {row.difference.family for row in rows if row.difference is not None} == {1}
+
+
 def test_files_keep_every_digit_and_list_every_run(tmp_path: Path) -> None:
     small = grid(tmp_path, seeds=(0, 1))
     found = results(small, {"gelu": [1 / 3, 2 / 3], "moa": [1 / 7]})
