@@ -64,7 +64,7 @@ def _blocks(net: nn.Module, skipped: int) -> Iterator[tuple[str, nn.Module]]:
 
 
 def magnitude_masks(
-    weights: Mapping[str, Tensor], before: Mapping[str, Tensor], sparsity: float, scope: Scope
+    weights: Mapping[str, Tensor], before: Mapping[str, Tensor], sparsity: float, scope: Scope, part: bool = False
 ) -> dict[str, Tensor]:
     """True where a weight stays.
 
@@ -73,6 +73,7 @@ def magnitude_masks(
         before: masks of an earlier round, for all names or for none.
         sparsity: share of zeros wanted in all, rounded to whole weights; with scope "layer" in each of them.
         scope: rank over all weights, or in each layer.
+        part: the earlier masks were made for a larger net, so here they may be sparser, and then stay as they are.
 
     Raises:
         UserError: the earlier masks are sparser.
@@ -87,13 +88,13 @@ def magnitude_masks(
         if before:
             size[~torch.cat([before[name].flatten() for name in names])] = -1.0  # they go first
         count, gone = round(sparsity * len(size)), int((size < 0).sum())
-        if count < gone:
+        if count < gone and not part:
             raise UserError(
                 f"pruning.sparsity is {sparsity}, and the masks of pruning.mask_from have {gone / len(size):.4g} in "
                 f"{names[0] if scope == 'layer' else 'all'} already; give at least that"
             )
         kept = torch.ones(len(size), dtype=torch.bool)
-        kept[size.argsort(stable=True)[:count]] = False
+        kept[size.argsort(stable=True)[: max(count, gone)]] = False
         parts = kept.split([weights[name].numel() for name in names])
         masks |= {name: part.view(weights[name].shape) for name, part in zip(names, parts, strict=True)}
     return masks

@@ -3,18 +3,22 @@
 One round is one run. It takes the masks and the final weights of the run before (`mask_from`), prunes them further,
 starts at a checkpoint of an early step (`rewind_to`, with optimiser, schedule and data position) or at the initial
 weights, and trains. So rounds are chained by naming runs, in a grid or by hand (docs/sparsity.md). The masks and what
-they were made of lie in the checkpoint; a run that goes on takes its own.
+they were made of lie in the checkpoint; a run that goes on takes its own. A vision transformer takes the masks of the
+one in a run of another objective, so a sparse MAE or DINO is fine-tuned as it is.
 """
 
+import logging
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import lightning as L
 from torch import Tensor
 
 from ..checkpoints import RunCheckpointIO
 from ..errors import UserError
+from ..exchange.pretrained import encoder_prefixes
 from ..pruning import (
+    NET,
     HeldMasks,
     Scope,
     density,
@@ -31,6 +35,23 @@ from .common import run_folder, tensorboard_step, tensorboard_writer, write_scal
 from .figures import draw_densities, publish
 from .files import write_json
 
+log = logging.getLogger(__name__)
+
+ALIKE = 1e-3  # sparsities that differ by whole weights only
+
+
+class Trained(NamedTuple):
+    """What another run came to, under this run's names."""
+
+    weights: dict[str, Tensor]
+    """final ones, whole"""
+    masks: dict[str, Tensor]
+    """of the same; none of a dense run"""
+    sparsity: float
+    """share of zeros in all masks of that run"""
+    said: str
+    """what has no counterpart, for the log; "" where the nets are alike"""
+
 
 class Pruning(L.Callback):
     """Holds the smallest weights of the linear layers in the transformer blocks at zero.
@@ -41,7 +62,8 @@ class Pruning(L.Callback):
         gates: prune the gates of learned mixes too.
         dense_blocks: the first blocks of each stack that stay dense.
         mask_from: folder of a run (or a checkpoint) whose final weights are ranked and whose masks stay; null: the
-            weights that this run starts with.
+            weights that this run starts with. Of a run of another objective it is the vision transformer alone: at that
+            run's sparsity its masks are taken as they are.
         rewind_to: folder of a run that wrote a checkpoint for rewinding (--checkpoint.rewind_step), or a checkpoint,
             where this run starts; null: at its initial weights.
         shuffle: random masks with the same density in each layer instead.
@@ -111,13 +133,29 @@ class Pruning(L.Callback):
 
     def _make(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
         own = prunable(pl_module, self.gates, self.dense_blocks)
-        before: dict[str, Tensor] = {}
         if self.mask_from is None:
             weights = {name: whole(parameter).detach().cpu() for name, parameter in own.items()}
+            masks = magnitude_masks(weights, {}, self.sparsity, self.scope)
         else:
-            weights, before = _trained(self.mask_from, {name: tuple(p.shape) for name, p in own.items()})
-        masks = magnitude_masks(weights, before, self.sparsity, self.scope)
+            shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+            found = _trained(self.mask_from, shapes, encoder_prefixes(name for name, _ in pl_module.named_parameters()))
+            masks = self._carried(found, pl_module.trainer) if found.said else self._further(found)
         return shuffled(masks, int(pl_module.seed)) if self.shuffle else masks  # type: ignore[arg-type]
+
+    def _further(self, found: Trained) -> dict[str, Tensor]:
+        return magnitude_masks(found.weights, found.masks, self.sparsity, self.scope, part=bool(found.said))
+
+    def _carried(self, found: Trained, trainer: L.Trainer) -> dict[str, Tensor]:
+        """The masks of a net of which this one has a part: as they are, or pruned further."""
+        if self.sparsity < found.sparsity - ALIKE:
+            raise UserError(
+                f"pruning.sparsity is {self.sparsity}, and '{self.mask_from}' has {found.sparsity:.4g}; give that to "
+                "take its masks, or more"
+            )
+        if trainer.is_global_zero:
+            log.warning("%s", found.said)
+        as_they_are = found.masks and self.sparsity <= found.sparsity + ALIKE
+        return found.masks if as_they_are else self._further(found)
 
     def _report(self, trainer: L.Trainer) -> None:
         densities, found = density(self.masks), sparsity_of(self.masks)
@@ -149,20 +187,42 @@ def rewind_checkpoint(given: str) -> str:
     return str(path)
 
 
-def _trained(source: str, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Final weights and masks of a run, whole; no masks for a dense one."""
+def _trained(source: str, shapes: dict[str, tuple[int, ...]], prefixes: list[str]) -> Trained:
+    """What a run came to, for weights of these names and shapes.
+
+    Args:
+        source: its folder, or a checkpoint.
+        shapes: of this net's weights that may be pruned, by name.
+        prefixes: of the names of this net's vision transformers.
+    """
     path = given_checkpoint(source)
     if path is None:
         raise UserError(f"pruning.mask_from: '{source}' is no run with a checkpoint, and no checkpoint")
     content = RunCheckpointIO().load_checkpoint(path)
     state = content.get("state_dict", {})
-    for name, shape in shapes.items():
-        if name not in state or tuple(state[name].shape) != shape:
-            raise UserError(f"pruning.mask_from: '{source}' has no {name} of shape {shape}; name a run of the same net")
-    before = unpacked(content.get("callbacks", {}).get(Pruning.__qualname__, {}).get("masks", {}))
-    if before and before.keys() != shapes.keys():
+    masks = held = unpacked(content.get("callbacks", {}).get(Pruning.__qualname__, {}).get("masks", {}))
+    names, said = {name: name for name in shapes}, ""
+    theirs = encoder_prefixes(name for name in state if name.startswith(NET))
+    own = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in shapes)), None)
+    if own is not None and theirs and own not in theirs:
+        place = theirs[0]
+        names = {name: place + name.removeprefix(own) for name in shapes if name.startswith(own)}
+        held = {place + n.removeprefix(p): mask for p in theirs for n, mask in masks.items() if n.startswith(p)}
+        said = (
+            f"pruning.mask_from: {len(names)} layers of the vision transformer are matched with those of '{source}'; "
+            f"without a counterpart are {len(shapes) - len(names)} here, which stay dense, and "
+            f"{len(masks) - len(held)} there"
+        )
+    for name, other in names.items():
+        if other not in state or tuple(state[other].shape) != shapes[name]:
+            raise UserError(
+                f"pruning.mask_from: '{source}' has no {other} of shape {shapes[name]}; name a run of the same net"
+            )
+    if held and held.keys() != set(names.values()):
         raise UserError(
-            f"pruning.mask_from: '{source}' is pruned in {len(before)} layers and this run would be in {len(shapes)}; "
+            f"pruning.mask_from: '{source}' is pruned in {len(held)} layers and this run would be in {len(names)}; "
             "give the same pruning.gates and pruning.dense_blocks"
         )
-    return {name: state[name] for name in shapes}, before
+    weights = {name: state[other] for name, other in names.items()}
+    carried = {name: held[other] for name, other in names.items()} if held else {}
+    return Trained(weights, carried, sparsity_of(masks) if masks else 0.0, said)

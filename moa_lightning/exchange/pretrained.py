@@ -13,7 +13,7 @@ compute the same or start as the same; of other files the activation of timm's o
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,11 +147,17 @@ def encoder_tensors(content: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     Raises:
         UserError: there is none.
     """
-    prefixes = sorted(name.removesuffix(MARK) for name in content if name.endswith(MARK))
+    prefixes = encoder_prefixes(content)
     if not prefixes:
         raise UserError(f"weights '{path}' hold no vision transformer: give a run of MAE or DINO, or a timm model")
-    prefix = next((each for each in prefixes if "teacher" in each), prefixes[0])
+    prefix = prefixes[0]
     return {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
+
+
+def encoder_prefixes(names: Iterable[str]) -> list[str]:
+    """What stands before the names of each vision transformer among these; a teacher first: it is the one to keep."""
+    prefixes = sorted(name.removesuffix(MARK) for name in names if name.endswith(MARK))
+    return sorted(prefixes, key=lambda prefix: "teacher" not in prefix)
 
 
 def _as_ours(vit: Any, found: dict[str, Tensor], path: str) -> dict[str, Tensor]:
