@@ -1,7 +1,7 @@
 """Where the result of `moa test` goes: test.json for the run's own data, a file of another name for any other.
 
-What differs is in the name, so a result on corrupted images or another source never takes the place of the clean
-one, which grids and reports read. The options that differ stand inside the file too.
+What differs is in the name, so a result on corrupted images, on another source or against another bank never takes the
+place of the run's own, which grids and reports read. The options that differ stand inside the file too.
 """
 
 import hashlib
@@ -11,16 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 LONGEST = 80  # characters of a name
-# what does not change the images or texts that are judged
-WITHOUT_EFFECT = (
-    "batch_size",
-    "num_workers",
-    "shuffle_block",
-    "on_bad_sample",
-    "transform",
-    "max_val_samples",
-    "bank_size",
-)
+# what changes neither the images or texts that are judged nor those that they are compared with
+WITHOUT_EFFECT = ("batch_size", "num_workers", "shuffle_block", "on_bad_sample", "transform", "max_val_samples")
 
 OPEN = ("image_size", "channels", "mean", "std")  # taken from the checkpoint where the run's config leaves them open
 

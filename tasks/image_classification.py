@@ -7,10 +7,12 @@ layer to layer, drop path, label smoothing, mixup or cutmix of every batch, rand
 process draws one mix a batch, so with mixup or cutmix runs on other numbers of devices differ.
 """
 
+import logging
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -27,7 +29,9 @@ from moa_lightning.run_folder import given_checkpoint
 
 from .base import Recompute, Task, as_config
 from .fine_tuning import check_labelled, check_layer_decay, check_shares
-from .vision import token_classes
+from .vision import BANK, token_classes
+
+log = logging.getLogger(__name__)
 
 METRICS = ("loss", "top1", "top5")
 
@@ -59,11 +63,14 @@ class ImageClassification(Task):
         compile: compile each transformer block.
         activation_checkpointing: recompute each block in the backward pass instead of storing its activations;
             "selective" keeps its matrix products and attention and recomputes the rest.
+
+    Attributes:
+        probed: features are measured by somebody (FeatureProbes) who needs training images to compare with.
+        eval_features: (B, D) of the last evaluated batch, what the head reads; None where they are not probed.
     """
 
     forward_methods = ("features", "features_and_logits")
     open_options = ("image_size", "channels", "num_classes", "class_names")
-    uses_bank = False  # the data need not hand out training images to compare with
 
     def __init__(
         self,
@@ -97,9 +104,17 @@ class ImageClassification(Task):
             locals(), backbone_args=backbone_args or {}, ffn=self.ffn, optimizer=self.optimizer_config
         )
         self.metrics = nn.ModuleDict({f"{split}_{name}": MeanMetric() for split in ("val", "test") for name in METRICS})
+        self.probed = False
+        self.eval_features: Tensor | None = None
         self.class_numbers: Tensor | None = None  # the number here of each class of the data, where they differ
+        self.knows_classes = True  # of the data, all of them
         self.mixing: Mixup | None = None
         self.loss: nn.Module = nn.CrossEntropyLoss()
+
+    @property
+    def uses_bank(self) -> bool:
+        """Whether the data must hand out training images to compare with."""
+        return self.probed
 
     def build(self, seed: int) -> nn.Module:
         h = self.hparams
@@ -109,7 +124,7 @@ class ImageClassification(Task):
             self.ffn,
             self.from_data("image_size"),
             self.from_data("channels"),
-            self.from_data("num_classes"),
+            h["num_classes"] if h["num_classes"] and self._takes_any_class() else self.from_data("num_classes"),
             h["pool"],
             h["drop_path_rate"],
             seed,
@@ -130,30 +145,49 @@ class ImageClassification(Task):
         elif h["label_smoothing"]:
             self.loss = LabelSmoothingCrossEntropy(h["label_smoothing"])
 
+    def _takes_any_class(self) -> bool:
+        """Whether images of classes that the run does not have are of use: features are, when a finished net is probed
+        or predicts."""
+        now = self.trainer.state.fn if self._trainer is not None else None
+        return now == TrainerFn.PREDICTING or (self.probed and now in (TrainerFn.TESTING, TrainerFn.VALIDATING))
+
     def _match_classes(self) -> Tensor | None:
-        """Where each class of the data stands among the run's, by name; None: their numbers are the run's.
+        """Where each class of the data stands among the run's, by name, or -1; None: their numbers are the run's.
 
         Raises:
-            UserError: a class that the run does not have.
+            UserError: a class that the run does not have, and features are not what is asked for.
         """
+        self.knows_classes = True
         count, theirs = self.hparams["num_classes"], getattr(self.data, "class_names", None)
-        if self.hparams["class_names"] is None:
-            self.hparams["class_names"] = None if theirs is None else list(theirs)
+        if self.hparams["class_names"] is None and theirs is not None and len(theirs) <= count:
+            self.hparams["class_names"] = list(theirs)
         ours = self.hparams["class_names"]
         if ours is None or theirs is None:
             found = getattr(self.data, "num_classes", None) or 0
             if found > count:
-                raise UserError(
-                    f"the data have class numbers up to {found - 1}, and the net has {count} classes: leave out images "
-                    "of other classes"
+                self._strange(
+                    f"the data have class numbers up to {found - 1}, and the net has {count} classes",
+                    "leave out images of other classes",
                 )
+                return torch.tensor([number if number < count else -1 for number in range(found)])
             return None
         if unknown := [name for name in theirs if name not in ours]:
-            raise UserError(
+            self._strange(
                 f"the data have the class '{unknown[0]}', which the run does not know ({', '.join(ours[:10])}"
-                f"{', ...' if len(ours) > 10 else ''}): leave its images out"
+                f"{', ...' if len(ours) > 10 else ''})",
+                "leave its images out",
             )
-        return None if ours[: len(theirs)] == list(theirs) else torch.tensor([ours.index(name) for name in theirs])
+        if ours[: len(theirs)] == list(theirs):
+            return None
+        return torch.tensor([ours.index(name) if name in ours else -1 for name in theirs])
+
+    def _strange(self, what: str, advice: str) -> None:
+        """Refuse classes that the run does not have, or go on without judging by them."""
+        if not self._takes_any_class():
+            raise UserError(f"{what}: {advice}")
+        self.knows_classes = False
+        if self.trainer.is_global_zero:
+            log.warning("%s: features are taken, and the run's own answers are not judged", what)
 
     def labels(self, batch: dict[str, Any]) -> Tensor:
         """Class numbers (B,) of a batch as the net has them, -1 where they are unknown."""
@@ -207,28 +241,37 @@ class ImageClassification(Task):
     def mix_forward(self, batch: dict[str, Any]) -> None:
         self.net(batch["views"][0])
 
-    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "test", dataloader_idx)
 
     def predict_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
-        """Logits (B, num_classes) and features (B, D) of the images, with their ids and labels."""
+        """Logits (B, num_classes) and features (B, D) of the images, with their ids and labels, -1 for classes that the
+        run does not have."""
         features, logits = self.net.features_and_logits(batch["image"])
         return {"id": batch["id"], "label": self.labels(batch), "features": features, "logits": logits}
 
-    def _evaluate(self, batch: dict[str, Any], split: str) -> None:
-        """Loss, and percent of held-out images whose class is the most likely one, or one of the five."""
+    def _evaluate(self, batch: dict[str, Any], split: str, loader: int) -> None:
+        """Loss, and percent of held-out images whose class is the most likely one, or one of the five; features only
+        of the bank, and of images of classes that the run does not have."""
+        if self.probed and (loader == BANK or not self.knows_classes):
+            self.eval_features = self.features(batch["image"])
+            return
+        if self.probed:
+            self.eval_features, logits = self.net.features_and_logits(batch["image"])
+        else:
+            logits = self.net(batch["image"])
         labels = self.labels(batch)
         known = (labels >= 0) & (batch["id"] >= 0)
-        logits, labels = self.net(batch["image"])[known].float(), labels[known]
+        logits, labels = logits[known].float(), labels[known]
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         values = (F.cross_entropy(logits, labels, reduction="none"), 100.0 * best[:, 0], 100.0 * best.any(1))
         for name, value in zip(METRICS, values, strict=True):
             metric: Any = self.metrics[f"{split}_{name}"]
             metric.update(value)
-            self.log(f"{split}/{name}", metric, prog_bar=name == "top1")
+            self.log(f"{split}/{name}", metric, prog_bar=name == "top1", add_dataloader_idx=False)
 
     def token_classes(self, batch: dict[str, Any]) -> TokenClasses | None:
         return token_classes(self.net.vit, batch["image"], self.trainer.datamodule)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Evaluation of a self-supervised net by the field's offline protocols: k-NN for several k, and a linear probe whose
+"""Evaluation of a vision net by the field's offline protocols: k-NN for several k, and a linear probe whose
 learning rate is swept, both on features of the plain view of every bank and query image, beside the same figures for
 raw pixels.
 
@@ -63,7 +63,8 @@ class FeatureProbes(L.Callback):
     """Logs <split>/knn<k>_top1 and <split>/probe_top1 in percent, and the same for raw pixels as
     <split>/pixels_knn<k>_top1 and <split>/pixels_probe_top1; prints them as a table.
 
-    Does nothing for tasks without features, or without labels.
+    Does nothing for tasks without features, or without labels. A task that is not self-supervised hands out features,
+    and has the data hand out a bank, once it is told that it is `probed`.
 
     Args:
         ks: numbers of neighbours, as DINO reports them; 20 is the usual one.
@@ -96,6 +97,10 @@ class FeatureProbes(L.Callback):
         self._seen: dict[str, list[LabelledFeatures]] = {}  # what -> [bank, query]
         self._of_pixels: dict[str, Figures] = {}  # by split: they never change
         self._active = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if hasattr(pl_module, "probed"):
+            pl_module.probed = True  # type: ignore[assignment]
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING

@@ -27,7 +27,7 @@ def by_hand(model: Any, loaders: list[Any], pixels: bool) -> dict[str, float]:
     return {**{f"knn{k}_top1": value for k, value in neighbours.items()}, "probe_top1": linear}
 
 
-@pytest.mark.parametrize("kind", ["mae", "dino"])
+@pytest.mark.parametrize("kind", ["mae", "dino", "classification"])
 def test_test_and_the_end_of_a_fit_measure_features_and_pixels(kind: str, tmp_path: Path, capsys) -> None:
     model, module = task(kind, "moa"), data_for(kind, tmp_path)
     probes = FeatureProbes(**OPTIONS)

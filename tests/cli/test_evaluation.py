@@ -53,7 +53,7 @@ def test_a_run_is_probed_and_fine_tuned(moa: Moa) -> None:
     options = "--data.bank_size 60 --data.test_fraction 0.02"
     outcome = moa(f"test --ckpt_path {last} -c configs/evaluation/probe.yaml {options}")
     assert (outcome.code, outcome.err) == (0, "")
-    found = json.loads(Path("run/test-test_fraction-0.02.json").read_text())["metrics"]
+    found = json.loads(Path("run/test-test_fraction-0.02-bank_size-60.json").read_text())["metrics"]
     assert {f"test/{pixels}{name}" for pixels in ("", "pixels_") for name in ("knn20_top1", "probe_top1")} <= set(found)
     assert "raw pixels" in outcome.out
     assert not Path("run/test.json").exists()
@@ -81,12 +81,12 @@ def test_a_fine_tuning_with_mistakes_says_them(moa: Moa) -> None:
     assert "nowhere.ckpt" in missing.err
 
 
-def pictures(folder: str, *names: str) -> None:
+def pictures(folder: str, *names: str, count: int = 4) -> None:
     for name in names:
-        for number in range(4):
+        for number in range(count):
             file = Path(folder, name, f"{number}.png")
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (40, 44), (60 * number, 10, 90)).save(file)
+            Image.new("RGB", (40, 44), (60 * number % 256, 10, 90)).save(file)
 
 
 def test_a_run_is_judged_on_other_data_as_the_net_that_it_is(moa: Moa) -> None:
@@ -121,13 +121,66 @@ def test_a_run_is_judged_on_other_data_as_the_net_that_it_is(moa: Moa) -> None:
         assert len(outcome.err.strip().splitlines()) == 1
 
 
+PROBE = "-c configs/evaluation/probe.yaml"
+
+
+@pytest.mark.parametrize("pruning", ["", "--pruning.sparsity 0.5"])
+def test_a_classifier_is_probed_on_classes_that_it_does_not_know(moa: Moa, pruning: str, caplog) -> None:
+    fit = f"fit -c configs/vision/finetune_tiny.yaml -c configs/data/mnist5k.yaml -c configs/trainer/cpu.yaml {SMALL}"
+    own = "--data.per_class 6 --data.test_fraction 0.01 --data.val_fraction 0.01"
+    assert moa(f"{fit} {own} --trainer.max_steps 1 --trainer.val_check_interval 1 {pruning} --run_dir run").code == 0
+    for part in ("train", "test"):
+        pictures(f"strange/{part}", "3", "owl", count=15)
+    test = "test --ckpt_path run/checkpoints/last.ckpt"
+    outcome = moa(f"{test} {PROBE} --data.source strange --data.per_class null")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(Path("run/test-source-strange-bank_size-None-per_class-None.json").read_text())["metrics"]
+    names = [f"{pixels}{name}_top1" for pixels in ("", "pixels_") for name in ("knn10", "knn200", "probe")]
+    assert {f"test/{name}" for name in names} <= found.keys()
+    assert not {"test/top1", "test/loss"} & found.keys()  # of owls it has nothing to say
+    assert "the class 'owl', which the run does not know" in caplog.text
+
+    assert moa(f"{test} {PROBE} --data.bank_size 50").code == 0
+    assert moa(test).code == 0
+    probed, plain = (json.loads(Path(f"run/{name}.json").read_text()) for name in ("test-bank_size-50", "test"))
+    assert {f"test/{name}" for name in names} <= probed["metrics"].keys()
+    assert plain["metrics"].keys() == {"test/loss", "test/top1", "test/top5"}
+    assert plain["metrics"] == pytest.approx({name: probed["metrics"][name] for name in plain["metrics"]}, rel=1e-6)
+
+    outcome = moa("predict --ckpt_path run/checkpoints/last.ckpt --data.source strange --out a.npz")
+    assert outcome.code == 0, outcome.err
+    assert sorted(np.load("a.npz")["label"]) == [-1] * 15 + [3] * 15
+    assert np.load("a.npz")["features"].shape == (30, 128)
+
+
+def test_a_self_supervised_ticket_is_probed_on_another_source(moa: Moa) -> None:
+    """With the command of docs/sparsity.md; without per_class null the run's own choice of images stays in force."""
+    assert moa(f"{MAE} --data.per_class 6 --pruning.sparsity 0.5 --trainer.max_steps 1 --run_dir run").code == 0
+    for part in ("train", "test"):
+        pictures(f"strange/{part}", "hen", "owl", count=15)
+    test = f"test --ckpt_path run/checkpoints/last.ckpt {PROBE} --data.source strange"
+    outcome = moa(f"{test} --data.per_class null")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(Path("run/test-source-strange-bank_size-None-per_class-None.json").read_text())["metrics"]
+    assert {"test/knn20_top1", "test/probe_top1", "test/pixels_probe_top1"} <= found.keys()
+    outcome = moa(f"{test} --data.per_class 16")
+    assert (outcome.code, "16" in outcome.err, outcome.err.count("\n")) == (2, True, 1)
+
+
 def test_a_test_on_other_data_leaves_the_clean_result(moa: Moa) -> None:
     assert moa(f"{MAE} --data.test_fraction 0.02 --trainer.max_steps 1 --run_dir run").code == 0
     test = "test --ckpt_path run/checkpoints/last.ckpt"
-    for options in ("--data.batch_size 16", "--data.corruption fog --data.severity 5"):
+    for options in (
+        "--data.batch_size 16",
+        "--data.corruption fog --data.severity 5",
+        "-c configs/evaluation/probe.yaml --data.bank_size 60",
+    ):
         assert moa(f"{test} {options}").code == 0
-    clean, corrupted = (json.loads(Path(f"run/{name}.json").read_text()) for name in ("test", "test-fog-5"))
-    assert clean.keys() == {"metrics"}
+    names = ("test", "test-fog-5", "test-bank_size-60")
+    clean, corrupted, probed = (json.loads(Path(f"run/{name}.json").read_text()) for name in names)
+    assert clean.keys() == {"metrics"}  # grids judge by this file
+    assert not any("probe" in name for name in clean["metrics"])
+    assert probed["data"] == {"bank_size": 60}
     assert corrupted["data"] == {"corruption": "fog", "severity": 5}
     assert clean["metrics"]["test/loss"] != corrupted["metrics"]["test/loss"]
 

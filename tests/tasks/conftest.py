@@ -10,7 +10,7 @@ import data
 from moa_lightning import FFNConfig
 from moa_lightning.models import GPTConfig
 from moa_lightning.optim import OptimizerConfig
-from tasks import DINO, MAE, LanguageModeling, Task
+from tasks import DINO, MAE, ImageClassification, LanguageModeling, Task
 from tests.models.nets import fragment
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 7}
@@ -26,6 +26,8 @@ def task(kind: str, ffn: str = "gelu", **options: Any) -> Task:
     if kind == "mae":
         decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
         return MAE("vit_tiny_patch16_224", VIT, layer, optimizer=optimizer, **decoder, **options)
+    if kind == "classification":
+        return ImageClassification("vit_tiny_patch16_224", VIT, layer, optimizer=optimizer, **options)
     head = {"out_dim": 32, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "drop_path_rate": 0.0}
     return DINO("vit_tiny_patch16_224", VIT, layer, optimizer=optimizer, **{**head, **options})
 
