@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from moa_lightning.run_folder import CHECKPOINTS, HELD, LAST, TEST
 
 SEED = "{seed}"  # in an option: the seed of the run
 VARIANT = "{variant}"  # in an option: the variant of the run, as in {run:pretrain/{variant}}
+TESTS = "tests"  # folder in a run's, with the results of its task's `tests`
 OTHER_RUN = re.compile(r"\{run:([^{}]*)\}")  # in an option: the folder of another run with the same seed
 
 
@@ -40,6 +41,43 @@ class Budget:
     amount: float
     validations: int | None = None
     """evenly spaced validations in a run; None leaves their rhythm to the config"""
+
+
+class Outcome(NamedTuple):
+    """A metric by which the variants of a task are compared."""
+
+    metric: str
+    mode: str
+    """"min" or "max": which direction is better"""
+    test: str = ""
+    """one of the task's `tests`; "": the task's own"""
+
+    @property
+    def column(self) -> str:
+        """Its name among the metrics of a result."""
+        return f"{self.test}/{self.metric}" if self.test else self.metric
+
+
+@dataclass(frozen=True)
+class GridTest:
+    """A measurement more of every final run: `moa test` with these options, such as corrupted images."""
+
+    configs: tuple[Config, ...]
+    options: tuple[tuple[str, str], ...]
+    """dotted option, value"""
+    outcome: Outcome
+
+    @property
+    def folder(self) -> str:
+        """Where `moa test` writes, in the run's folder: other options make another measurement."""
+        parts = [*((config.name, config.digest) for config in self.configs), *self.options]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+        return f"{TESTS}/{self.outcome.test}-{digest}"
+
+    @property
+    def result(self) -> str:
+        """Pattern of the file with its result, in the run's folder; `moa test` has what differs in its name."""
+        return f"{self.folder}/test*.json"
 
 
 @dataclass(frozen=True)
@@ -74,10 +112,18 @@ class GridTask:
     judged: bool = True
     """False: its runs are there for other tasks, and nothing is claimed about them"""
 
+    tests: tuple[GridTest, ...] = ()
+    """measurements that are compared beside `final_metric`"""
+
     @property
     def final_metric(self) -> str:
         """The metric that comparisons are about."""
         return self.test_metric or self.metric
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """All metrics that comparisons are about, the one that decides on the seeds first."""
+        return Outcome(self.final_metric, self.mode), *(test.outcome for test in self.tests)
 
 
 @dataclass(frozen=True)
@@ -164,6 +210,8 @@ class Run:
     """runs of the same seed that must have finished before"""
     freeze_gates: int | None = None
     """see GridVariant"""
+    tests: tuple[GridTest, ...] = ()
+    """of the task; none of a tuning run"""
 
     @property
     def name(self) -> str:
@@ -175,19 +223,27 @@ class Run:
         return ["fit", *self.config_arguments(), "--run_dir", str(self.folder), "--ckpt_path", "auto"]
 
     def later_arguments(self) -> dict[str, list[str]]:
-        """What the finished run is measured by, once: the file that holds the result -> what follows `moa`."""
+        """What the finished run is measured by, once: pattern of the result's file -> what follows `moa`."""
         modules = [f"--import={value}" for option, value in self.options if option == "import"]
         trained = ["--ckpt_path", str(self.folder / CHECKPOINTS / LAST), *modules]
         found = {} if self.test_metric is None else {TEST: ["test", *trained]}
         if self.freeze_gates is not None:
             found[HELD] = ["validate", *trained, "--freeze_gates", str(self.freeze_gates)]
+        for test in self.tests:
+            more = [*_config_words(test.configs), *self._option_words(test.options)]
+            found[test.result] = ["test", *trained, *more, "--run_dir", str(self.folder / test.folder)]
         return found
 
     def config_arguments(self) -> list[str]:
         """Config files, seed and options."""
-        configs = [word for config in self.configs for word in ("-c", str(config.path))]
-        options = [f"--{option}={self._filled(value)}" for option, value in self.options]  # a value may start with -
-        return [*configs, "--seed_everything", str(self.seed), *options]
+        return [*_config_words(self.configs), "--seed_everything", str(self.seed), *self._option_words(self.options)]
+
+    def config_files(self) -> tuple[Config, ...]:
+        """All that it is made with, its tests included."""
+        return (*self.configs, *(config for test in self.tests for config in test.configs))
+
+    def _option_words(self, options: tuple[tuple[str, str], ...]) -> list[str]:
+        return [f"--{option}={self._filled(value)}" for option, value in options]  # a value may start with -
 
     def _filled(self, value: str) -> str:
         """A value with the seed and the folders of other runs in the place of its placeholders."""
@@ -215,6 +271,7 @@ class Claim(NamedTuple):
     task: str
     name: str
     """the variant that is compared"""
+    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -245,6 +302,7 @@ class Grid:
     def modules(self) -> set[str]:
         """Modules that the runs import by an override."""
         options = [self.overrides, *(task.overrides for task in self.tasks), *(v.overrides for v in self.variants)]
+        options += [dict(test.options) for task in self.tasks for test in task.tests]
         return {part["import"] for part in options if "import" in part}
 
     @property
@@ -253,12 +311,13 @@ class Grid:
         return len(self.family())
 
     def family(self) -> dict[Claim, dict[str, int]]:
-        """The comparisons that are judged together: every variant of every judged task, but for baselines with
-        themselves. Each with the variants whose metrics it sums up within a seed, and their weights."""
+        """The comparisons that are judged together: every variant of every judged task by each of its metrics, but for
+        baselines with themselves. Each with the variants whose metrics it sums up within a seed, and their weights."""
         return {
-            Claim(task.name, variant.name): {variant.name: 1, self.against(variant): -1}
+            Claim(task.name, variant.name, outcome): {variant.name: 1, self.against(variant): -1}
             for task in self.tasks
             if task.judged
+            for outcome in task.outcomes
             for variant in self.variants_of(task)
             if self.against(variant) != variant.name
         }
@@ -313,11 +372,20 @@ class Grid:
             setting=setting,
             test_metric=None if setting else task.test_metric,
             freeze_gates=None if setting else variant.freeze_gates,
+            tests=() if setting else tuple(_of_variant(test, variant) for test in task.tests),
             needs=tuple(
                 Need(f"{{run:{name}}}", *_path(name, task.name), self.out.joinpath(*_path(name, task.name), *parts))
                 for name in named
             ),
         )
+
+
+def _config_words(configs: tuple[Config, ...]) -> list[str]:
+    return [word for config in configs for word in ("-c", str(config.path))]
+
+
+def _of_variant(test: GridTest, variant: GridVariant) -> GridTest:
+    return replace(test, options=tuple((key, value.replace(VARIANT, variant.name)) for key, value in test.options))
 
 
 def _path(name: str, task: str) -> tuple[str, str]:

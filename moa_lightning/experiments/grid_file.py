@@ -23,7 +23,9 @@ from moa_lightning.experiments.grid import (
     Config,
     Grid,
     GridTask,
+    GridTest,
     GridVariant,
+    Outcome,
     Seeds,
     Tuning,
 )
@@ -34,8 +36,9 @@ GRID_KEYS = (
 )
 TASK_KEYS = (
     *("config", "metric", "mode", "test_metric", "effect", "target", "target_sd", "overrides", "budget", "tune"),
-    *("axes", "variants", "judged"),
+    *("axes", "variants", "judged", "tests"),
 )
+TEST_KEYS = ("config", "overrides", "metric", "mode")
 AXIS_KEYS = ("config", "overrides", "budget")
 VARIANT_KEYS = ("config", "overrides", "against", "freeze_gates")
 TUNE_KEYS = ("seeds", "options", "overrides", "budget")
@@ -248,7 +251,27 @@ def _task(name: str, entry: Any, resolve: Resolve) -> GridTask:
         base=name,
         variants=None if variants is None else tuple(variants),
         judged=judged,
+        tests=tuple(
+            _test(test, given, f"{where}: test {test}", entry, resolve)
+            for test, given in _named(entry.get("tests") or {}, f"{where}: tests")
+        ),
     )
+
+
+def _test(name: str, entry: Any, where: str, task: Mapping[str, Any], resolve: Resolve) -> GridTest:
+    """A measurement more; its metric and mode are those of the task's own test where it names none."""
+    entry = _mapping(entry, where, TEST_KEYS)
+    configs, options = _configs(entry, where, resolve), _overrides(entry.get("overrides"), where)
+    if not configs and not options:
+        raise UserError(f"{where} differs in nothing from `moa test`; give `overrides` or `config: [...]`.")
+    if named := [option for option, value in options.items() if OTHER_RUN.search(value)]:
+        raise UserError(f"{where}: {named[0]} names another run, which a test cannot; write out what it needs.")
+    metric, mode = entry.get("metric", task.get("test_metric")), entry.get("mode", task["mode"])
+    if not isinstance(metric, str):
+        raise UserError(f"{where} has metric {metric!r}; name what `moa test` reports, such as test/top1.")
+    if mode not in ("min", "max"):
+        raise UserError(f"{where} has mode {mode!r}; say whether less or more is better: min or max.")
+    return GridTest(configs, tuple(options.items()), Outcome(metric, mode, name))
 
 
 def _with_axes(task: GridTask, axes: Any, resolve: Resolve) -> Iterator[GridTask]:

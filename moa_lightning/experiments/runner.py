@@ -205,7 +205,7 @@ def _reason(ended: Ended) -> str | None:
 
 
 def _check_unedited(run: Run) -> None:
-    for config in run.configs:
+    for config in run.config_files():
         if digest(config.path) != config.digest:
             raise UserError(
                 f"{config.name} was edited while the grid ran: undo it, or start again under another `out`."

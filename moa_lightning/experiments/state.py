@@ -64,9 +64,14 @@ def state_of(run: Run) -> State:
         return State.CHANGED
     if (run.folder / DIVERGED).is_file():
         return State.FINISHED
-    if all((run.folder / name).is_file() for name in (RESULT, *run.later_arguments())):
+    if all(measured(run.folder, name) for name in (RESULT, *run.later_arguments())):
         return State.FINISHED
     return State.NEW if last_checkpoint(run.folder) is None else State.RESUME
+
+
+def measured(folder: Path, pattern: str) -> Path | None:
+    """The file in a run's folder whose name has this pattern; None before it is written."""
+    return next((path for path in sorted(folder.glob(pattern)) if path.is_file()), None)
 
 
 def differences(run: Run) -> list[str]:
@@ -95,8 +100,8 @@ def survey(runs: Sequence[Run], allow_changed: bool = False) -> dict[Run, State]
 def deciding_value(run: Run) -> float:
     """The metric that a finished run is there for; UserError where the result does not hold it."""
     metrics = read_result(run).metrics
-    for metric in (run.metric, run.test_metric):
-        if metric is not None and metric not in metrics:
+    for metric in _deciding(run):
+        if metric not in metrics:
             raise UserError(
                 f"{run.name} reports no {metric}, the metric of task {run.task}: "
                 f"choose from {', '.join(sorted(metrics))}."
@@ -107,8 +112,7 @@ def deciding_value(run: Run) -> float:
 def read_result(run: Run) -> Result:
     """The result of a finished run; UserError where the file is damaged."""
     if (run.folder / DIVERGED).is_file():
-        metrics = {metric: math.nan for metric in (run.metric, run.test_metric) if metric is not None}
-        return Result(metrics, None, None, None, None, math.nan)
+        return Result(dict.fromkeys(_deciding(run), math.nan), None, None, None, None, math.nan)
     path = run.folder / RESULT
     raw = _read_json(path)
     try:
@@ -116,10 +120,20 @@ def read_result(run: Run) -> Result:
         if run.test_metric is not None:
             path = run.folder / TEST
             metrics |= _numbers(_read_json(path)["metrics"])
+        for test in run.tests:
+            path = measured(run.folder, test.result) or run.folder / test.folder
+            found = _numbers(_read_json(path)["metrics"])
+            metrics |= {test.outcome._replace(metric=name).column: value for name, value in found.items()}
         rest = {key: raw[key] for key in ("parameters", "steps", "samples", "tokens")}
         return Result(metrics, seconds=float(raw["seconds"]), **rest)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a result of moa ({error!r}): delete the folder to repeat the run.") from error
+
+
+def _deciding(run: Run) -> list[str]:
+    """The metrics that it must report, by the names that they have in a result."""
+    own = [metric for metric in (run.metric, run.test_metric) if metric is not None]
+    return own + [test.outcome.column for test in run.tests]
 
 
 def _numbers(metrics: dict[str, float | None]) -> dict[str, float]:
@@ -136,7 +150,7 @@ def prepare(run: Run, resume: bool) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     record = {
         "fingerprint": run.fingerprint(),
-        "configs": {str(config.path): config.digest for config in run.configs},
+        "configs": {str(config.path): config.digest for config in run.config_files()},
         "fit": run.arguments(),
         "later": run.later_arguments(),
     }

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moa_lightning.errors import UserError
-from moa_lightning.experiments.grid import Claim, Grid, GridTask, Run
+from moa_lightning.experiments.grid import Claim, Grid, GridTask, GridVariant, Outcome, Run
 from moa_lightning.experiments.power import POWER, detectable_effect, seeds_needed
 from moa_lightning.experiments.schedule import Choice, Schedule, setting_name
 from moa_lightning.experiments.state import Result, State
@@ -66,6 +66,21 @@ class Row:
     detectable: float  # difference that the seeds show with POWER; NaN below two pairs
     seeds_to_show: int | None  # that would show the difference seen with POWER
     choice: Choice | None  # of the tuned options; None where tuning has not ended
+    outcome: Outcome  # that means and difference are of
+
+    @property
+    def title(self) -> str:
+        """Of the table that it belongs to."""
+        return f"{self.place}: {self.arrow}"
+
+    @property
+    def place(self) -> str:
+        """The task, and which of its tests."""
+        return f"{self.task.name}, {self.outcome.test}" if self.outcome.test else self.task.name
+
+    @property
+    def arrow(self) -> str:
+        return f"{self.outcome.metric} {'↓' if self.outcome.mode == 'min' else '↑'}"
 
     @property
     def verdict(self) -> str:
@@ -77,9 +92,9 @@ class Row:
         """As read by people, by heading."""
         judged = self.difference
         return {
-            "task": self.task.name,
+            "task": self.place,
             "variant": self.variant,
-            "metric": f"{self.task.final_metric} {'↓' if self.task.mode == 'min' else '↑'}",
+            "metric": self.arrow,
             "mean ± sd": _spread(self.mean, self.sd) if self.n else "-",
             "tuned": _tuned(self.choice),
             "parameters": "-" if self.parameters is None else f"{self.parameters:,}",
@@ -102,59 +117,71 @@ def headings(grid: Grid) -> list[str]:
 
 
 def make_rows(schedule: Schedule, results: Mapping[Run, Result]) -> list[Row]:
-    """Rows in the grid's order, the baseline first in each task. `results` holds the finished runs."""
+    """Rows in the grid's order, the baseline first in each task, then those of its tests. `results` holds the finished
+    runs."""
     grid = schedule.grid
     finals = {run: result for run, result in results.items() if run.setting is None}
     wanted = {task.name: len(schedule.seeds(task)) for task in grid.tasks}
     compared = _comparisons(grid, finals)
-    modes = {task.name: task.mode for task in grid.tasks}
     # the p value that an unfinished comparison has by now must not ease Holm's correction of the others either
     done = {
         claim: pair if pair.n >= wanted[claim.task] else replace(pair, p=math.nan) for claim, pair in compared.items()
     }
-    judged = judge_family(done, {claim: modes[claim.task] for claim in compared})
-    rows = []
-    for task in grid.tasks:
-        for variant in sorted(grid.variants_of(task), key=lambda variant: variant.name != grid.baseline):
-            found = [result for run, result in finals.items() if (run.task, run.variant) == (task.name, variant.name)]
-            values = [result.metrics[task.final_metric] for result in found]
-            seconds = [result.seconds for result in found if not result.diverged]
-            claim = Claim(task.name, variant.name)
-            difference = judged.get(claim)
-            if difference is not None and difference.paired.n < wanted[task.name]:
-                undecided = f"{UNDECIDED}: {difference.paired.n} of {wanted[task.name]} pairs"
-                difference = replace(difference, paired=compared[claim], verdict=undecided)
-            rows.append(
-                Row(
-                    task=task,
-                    variant=variant.name,
-                    n=len(values),
-                    wanted=wanted[task.name],
-                    mean=fmean(values) if values else math.nan,
-                    sd=stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan,
-                    parameters=next((result.parameters for result in found if result.parameters is not None), None),
-                    seconds=median(seconds) if seconds else math.nan,
-                    against=grid.against(variant),
-                    difference=difference,
-                    detectable=_detectable(difference),
-                    seeds_to_show=_seeds_to_show(difference),
-                    choice=schedule.choice(task, variant),
-                )
-            )
-    return rows
+    judged = judge_family(done, {claim: claim.outcome.mode for claim in compared})
+    for claim, found in judged.items():
+        if found.paired.n < wanted[claim.task]:
+            undecided = f"{UNDECIDED}: {found.paired.n} of {wanted[claim.task]} pairs"
+            judged[claim] = replace(found, paired=compared[claim], verdict=undecided)
+    return [
+        _row(schedule, task, variant, outcome, finals, judged.get(Claim(task.name, variant.name, outcome)))
+        for task in grid.tasks
+        for outcome in task.outcomes
+        for variant in sorted(grid.variants_of(task), key=lambda variant: variant.name != grid.baseline)
+    ]
+
+
+def _row(
+    schedule: Schedule,
+    task: GridTask,
+    variant: GridVariant,
+    outcome: Outcome,
+    finals: Mapping[Run, Result],
+    difference: Judged | None,
+) -> Row:
+    found = [result for run, result in finals.items() if (run.task, run.variant) == (task.name, variant.name)]
+    values = [result.metrics[outcome.column] for result in found]
+    seconds = [result.seconds for result in found if not result.diverged]
+    return Row(
+        task=task,
+        variant=variant.name,
+        n=len(values),
+        wanted=len(schedule.seeds(task)),
+        mean=fmean(values) if values else math.nan,
+        sd=stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan,
+        parameters=next((result.parameters for result in found if result.parameters is not None), None),
+        seconds=median(seconds) if seconds else math.nan,
+        against=schedule.grid.against(variant),
+        difference=difference,
+        detectable=_detectable(difference),
+        seeds_to_show=_seeds_to_show(difference),
+        choice=schedule.choice(task, variant),
+        outcome=outcome,
+    )
 
 
 def _comparisons(grid: Grid, finals: Mapping[Run, Result]) -> dict[Claim, Paired]:
     """Each claim of the grid, on the seeds that have finished."""
-    tasks = {task.name: task for task in grid.tasks}
-    by_variant: dict[tuple[str, str], dict[int, float]] = {}
+    by_variant: dict[tuple[str, str], dict[int, Mapping[str, float]]] = {}
     for run, result in finals.items():
-        found = by_variant.setdefault((run.task, run.variant), {})
-        found[run.seed] = result.metrics[tasks[run.task].final_metric]
+        by_variant.setdefault((run.task, run.variant), {})[run.seed] = result.metrics
+
+    def values(claim: Claim, variant: str) -> dict[int, float]:
+        found = by_variant.get((claim.task, variant), {})
+        return {seed: metrics[claim.outcome.column] for seed, metrics in found.items()}
+
     return {
         claim: compare_weighted(
-            [(weight, by_variant.get((claim.task, variant), {})) for variant, weight in weights.items()],
-            tasks[claim.task].mode,
+            [(weight, values(claim, variant)) for variant, weight in weights.items()], claim.outcome.mode
         )
         for claim, weights in grid.family().items()
     }
@@ -186,14 +213,11 @@ def write_tables(grid: Grid, rows: list[Row], states: dict[Run, State], results:
 
 
 def print_table(grid: Grid, rows: list[Row], console: Console) -> None:
-    """The same on the terminal, a table a task, colours saying what the verdict says."""
+    """The same on the terminal, a table a task and test, colours saying what the verdict says."""
     colours = {"better": "green", "worse": "red"}
     shown = [heading for heading in headings(grid) if heading not in NARROW]
-    for task in grid.tasks:
-        mine = [row.cells() for row in rows if row.task.name == task.name]
-        table = Table(
-            title=f"{task.name}: {mine[0]['metric']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )
+    for title, mine in by_title(rows).items():
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in shown:
             table.add_column(
                 heading,
@@ -201,10 +225,18 @@ def print_table(grid: Grid, rows: list[Row], console: Console) -> None:
                 no_wrap=heading not in FOLDED,
                 min_width=len(heading),
             )
-        for cells in mine:
+        for cells in (row.cells() for row in mine):
             table.add_row(*(Text(cells[heading], colours.get(cells[heading], "")) for heading in shown))
         console.print(table)
     console.print(Text(note(grid, shown), "dim"))
+
+
+def by_title(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each table, by its title."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.title, []).append(row)
+    return found
 
 
 def note(grid: Grid, shown: Sequence[str]) -> str:
@@ -237,8 +269,9 @@ def _record(row: Row) -> dict[str, object]:
         "task": row.task.name,
         **row.task.axes,
         "variant": row.variant,
-        "metric": row.task.final_metric,
-        "mode": row.task.mode,
+        **({"test": row.outcome.test} if row.task.tests else {}),
+        "metric": row.outcome.metric,
+        "mode": row.outcome.mode,
         "n": row.n,
         "mean": row.mean,
         "sd": row.sd,

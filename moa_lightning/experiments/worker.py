@@ -24,7 +24,7 @@ from typing import Any
 from moa_lightning.errors import Diverged, UserError
 from moa_lightning.experiments.grid import Run
 from moa_lightning.experiments.grid_file import digest
-from moa_lightning.experiments.state import DIVERGED, RECORD, last_line, share_lock
+from moa_lightning.experiments.state import DIVERGED, RECORD, last_line, measured, share_lock
 from moa_lightning.run_folder import RESULT
 
 Fit = Callable[[list[str]], int | None]  # arguments after `moa` -> exit status
@@ -115,7 +115,7 @@ def execute(folder: Path, fit: Fit) -> int:
             return 0
         return status
     for result, arguments in record["later"].items():
-        if not (folder / result).is_file() and (status := _command(arguments, fit)):
+        if measured(folder, result) is None and (status := _command(arguments, fit)):
             return status
     return 0
 

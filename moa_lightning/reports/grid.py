@@ -13,7 +13,7 @@ from ..experiments.ratios import Ratio
 from ..experiments.schedule import Schedule, setting_name, settings
 from ..experiments.state import Result, State, read_result, survey
 from ..experiments.statistics import SPEED_RUN_SD, SPEED_RUN_STEP, speed_run
-from ..experiments.table import Row, headings, make_rows, note
+from ..experiments.table import Row, by_title, headings, make_rows, note
 from .content import Block, Code, Picture, Report, Section, Table, Text
 from .mixes import grid_mixes
 from .run import MIXES, pictures, provenance, samples
@@ -66,12 +66,12 @@ def _lead(schedule: Schedule, rows: list[Row], finished: int, changed: int) -> s
 
 
 def _answer(grid: Grid, rows: list[Row]) -> list[Block]:
-    """A table a task, what the columns mean under the last."""
+    """A table a task and test, what the columns mean under the last."""
     names = [name for name in headings(grid) if name not in ("task", "metric")]
     blocks: list[Block] = []
-    for task in grid.tasks:
-        cells = [row.cells() for row in rows if row.task.name == task.name]
-        blocks.append(Text(f"{task.name}: {cells[0]['metric']}"))
+    for title, mine in by_title(rows).items():
+        cells = [row.cells() for row in mine]
+        blocks.append(Text(title))
         blocks.append(Table(names, [[line[name] for name in names] for line in cells]))
     return [*blocks, Text(note(grid, names))]
 

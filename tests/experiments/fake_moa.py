@@ -4,7 +4,7 @@ The "loss" is a formula of step, seed and the config's `quality`, so that an int
 with the very numbers of an uninterrupted one. As a script it is `moa ablate` with this fit: `python fake_moa.py
 GRID.yaml ...`. Options: --steps, --step_seconds, --journal FILE (a line for each start), --fail MESSAGE, --die true,
 --silent true, --diverge true, --after FOLDER (fails unless a run has finished there), --rate R (the best is the
-config's `best_rate`).
+config's `best_rate`). `test --fog F` adds F times the seed to what it reports and writes as the options' own file.
 """
 
 import argparse
@@ -42,14 +42,23 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(option, type=kind, default=0)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--freeze_gates", type=int)
-    for option in ("--fail", "--die", "--silent", "--ckpt_path", "--diverge", "--after"):
+    for option in ("--fail", "--die", "--silent", "--ckpt_path", "--diverge", "--after", "--fog"):
         parser.add_argument(option, default="")
     options = parser.parse_args(arguments)
     if options.command == "test":
         folder = Path(options.ckpt_path).parents[1]
-        journal(folder, folder / "journal.txt", "tested")
+        journal(folder, folder / "journal.txt", f"tested {options.fog}".strip())
         value = json.loads((folder / "result.json").read_text())["metrics"]["val/loss"] + 1
-        write_whole(folder / "test.json", json.dumps({"metrics": {"test/loss": value}}))
+        found = {"test/loss": value, "test/top1": 50 * value}
+        if not options.fog:
+            write_whole(folder / "test.json", json.dumps({"metrics": {"test/loss": value}}))
+        elif options.fog == "lost":
+            print("no fog at hand")
+            return 2
+        else:
+            options.run_dir.mkdir(parents=True, exist_ok=True)
+            foggy = {name: value + float(options.fog) * int(folder.name[4:]) for name, value in found.items()}
+            write_whole(options.run_dir / f"test-fog-{options.fog}.json", json.dumps({"metrics": foggy}))
         return 0
     if options.command == "validate":
         folder = Path(options.ckpt_path).parents[1]

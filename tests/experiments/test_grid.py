@@ -8,11 +8,12 @@ import pytest
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments.command import ablate_command
-from moa_lightning.experiments.grid import Claim, Need, Run
+from moa_lightning.experiments.grid import Claim, Need, Outcome, Run
 from moa_lightning.experiments.grid_file import load_grid
 from moa_lightning.experiments.runner import make_schedule
 
 MakeGrid = Callable[..., Path]
+TUNE = {"seeds": [9], "options": {"rate": [1, 2]}}
 
 
 def find(name: str) -> Path:
@@ -107,6 +108,13 @@ def test_mistakes_are_one_sentence(make_grid: MakeGrid, entries: dict[str, Any],
         ({"variants": ["gelu", "relu"]}, "task t has variant 'relu'; choose from gelu, la, moa"),
         ({"variants": ["la", "moa"]}, "task t has variant la, but not gelu, with which it is compared; add that one"),
         ({"judged": 0}, "judged 0; give true or false"),
+        ({"tests": ["fog"]}, "task t: tests: expected `key: value` lines"),
+        ({"tests": {"fog": {"metric": "test/loss"}}}, "test fog differs in nothing from `moa test`"),
+        ({"tests": {"fog": {"overrides": {"fog": 1}}}}, "test fog has metric None; name what `moa test` reports"),
+        ({"tests": {"fog": {"overrides": {"fog": 1}, "metric": "m", "mode": "up"}}}, "has mode 'up'"),
+        ({"tests": {"fog": {"overrides": {"run_dir": "x"}}}}, "run_dir is set by the grid"),
+        ({"tests": {"fog": {"overrides": {"fog": "{run:gelu}"}}}}, "fog names another run"),
+        ({"tests": {"a b": {"overrides": {"fog": 1}}}}, "letters, digits"),
     ],
 )
 def test_mistakes_in_a_task(make_grid: MakeGrid, tmp_path: Path, entry: dict[str, Any], words: str) -> None:
@@ -180,11 +188,12 @@ def test_a_task_has_only_its_variants(make_grid: MakeGrid, tmp_path: Path) -> No
     tasks["material"] = {**task, "variants": ["moa"], "judged": False}
     grid = load_grid(make_grid(tasks=tasks, variants=variants, seeds=[0]), find)
     assert [v.name for v in grid.variants_of(grid.tasks[1])] == ["gelu", "la", "moa"], "in the grid's order"
+    loss = Outcome("val/loss", "min")
     assert list(grid.family().items()) == [
-        (Claim("all", "la"), {"la": 1, "gelu": -1}),
-        (Claim("all", "moa"), {"moa": 1, "la": -1}),
-        (Claim("pair", "la"), {"la": 1, "gelu": -1}),
-        (Claim("pair", "moa"), {"moa": 1, "la": -1}),
+        (Claim("all", "la", loss), {"la": 1, "gelu": -1}),
+        (Claim("all", "moa", loss), {"moa": 1, "la": -1}),
+        (Claim("pair", "la", loss), {"la": 1, "gelu": -1}),
+        (Claim("pair", "moa", loss), {"moa": 1, "la": -1}),
     ]
     assert grid.claims == 4
     found = make_schedule(grid)
@@ -206,3 +215,38 @@ def test_a_run_names_only_variants_that_its_task_has(make_grid: MakeGrid, tmp_pa
     variants["la"] = {"overrides": {"from": "{run:gelu}"}}
     with pytest.raises(UserError, match="'gelu' is neither"):
         runs(make_grid(tasks=here, variants=variants))
+
+
+def test_commands_of_the_tests_of_a_task(make_grid: MakeGrid, tmp_path: Path) -> None:
+    """They stand beside the run: its fingerprint and its tuning do not know of them."""
+    task = {"config": str(tmp_path / "task.yaml"), "metric": "val/loss", "mode": "min", "test_metric": "test/loss"}
+    plain = runs(make_grid(tasks={"t": task}, seeds=[3]))
+    fog = {"overrides": {"fog": 0.5, "part": "{variant}-{seed}"}}
+    probe = {"config": str(tmp_path / "la.yaml"), "metric": "test/top1", "mode": "max"}
+    tests = {"tests": {"fog": fog, "probe": probe}}
+    path = make_grid(tasks={"t": task | tests}, seeds=[3], overrides={"import": "mine", "rate": 2})
+    run = runs(path)[1]
+    folder = tmp_path / "out/t/la/seed3"
+    [_, (fog_result, fog_command), (_, probe_command)] = run.later_arguments().items()
+    where = Path(fog_result).parent
+    assert where.parent == Path("tests")
+    assert where.name.startswith("fog-")
+    trained = ["test", "--ckpt_path", f"{folder}/checkpoints/last.ckpt", "--import=mine"]
+    assert fog_command == [*trained, "--fog=0.5", "--part=la-3", "--run_dir", f"{folder}/{where}"]
+    assert probe_command[:-1] == [*trained, "-c", f"{tmp_path}/la.yaml", "--run_dir"]
+    assert load_grid(path, find).tasks[0].outcomes == (
+        Outcome("test/loss", "min"),
+        Outcome("test/loss", "min", "fog"),
+        Outcome("test/top1", "max", "probe"),
+    )
+    assert load_grid(path, find).claims == 6
+    for each, before in zip(runs(make_grid(tasks={"t": task | tests}, seeds=[3])), plain, strict=True):
+        assert (each.digest, each.arguments()) == (before.digest, before.arguments())
+    tuned = make_schedule(load_grid(make_grid(tasks={"t": task | tests}, tune={**TUNE}), find)).tuning_runs()
+    assert {test for run in tuned for test in run.tests} == set()
+
+
+def test_a_module_that_only_a_test_imports_needs_leave_too(make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": str(tmp_path / "task.yaml"), "metric": "m", "mode": "min", "test_metric": "m"}
+    task["tests"] = {"fog": {"overrides": {"import": "mine"}}}
+    assert load_grid(make_grid(tasks={"t": task}), find).modules == {"mine"}

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.experiments import fake_moa
 from tests.experiments.conftest import Ablate
 from tests.experiments.test_ablate import begun, results, wait_for
@@ -91,6 +93,72 @@ def test_a_test_metric_that_is_added_later_is_only_measured(
     assert done.status == 0, done.output
     assert {row["metric"] for row in rows(tmp_path)} == {"test/loss"}
     assert len(begun(tmp_path)) == 6, "no run was trained again"
+
+
+def test_tests_are_made_once_and_compared_on_their_own(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    fog = {"overrides": {"fog": 0.5}, "metric": "test/top1", "mode": "max"}
+    tasks = {"t": {**task, "tests": {"fog": fog, "haze": {"overrides": {"fog": 0.1}, "metric": "test/loss"}}}}
+    path = make_grid(tasks=tasks, seeds=[0, 1, 2, 3, 4], overrides={"steps": 2})
+    for _ in range(2):
+        done = ablate(path)
+        assert done.status == 0, done.output
+    journals = [journal.read_text() for journal in (tmp_path / "out").rglob("journal.txt")]
+    assert len(journals) == 15
+    for journal in journals:
+        assert [line.split(maxsplit=1)[1] for line in journal.splitlines()] == ["tested 0.5", "tested 0.1"]
+    found = {(row["test"], row["variant"]): row for row in rows(tmp_path)}
+    assert list(found) == [(test, name) for test in ("", "fog", "haze") for name in ("gelu", "la", "moa")]
+    assert [row["verdict"] for row in found.values()] == [
+        *("baseline", "better", "better"),
+        *("baseline", "worse", "worse"),
+        *("baseline", "better", "better"),
+    ]
+    assert {row["family"] for row in found.values()} == {"", "6"}
+    # la is better by 0.1, 0.12, 0.14, 0.1 and 0.12 in loss, and top1 is 50 times the loss
+    assert float(found["fog", "la"]["difference_mean"]) == pytest.approx(-50 * 0.116)
+    assert (found["fog", "la"]["metric"], found["fog", "la"]["mode"]) == ("test/top1", "max")
+    records = list(csv.DictReader((tmp_path / "out/runs.csv").open()))
+    one = next(row for row in records if (row["variant"], row["seed"]) == ("la", "2"))
+    assert float(one["haze/test/loss"]) == pytest.approx(float(one["val/loss"]) + 1 + 0.2)
+    assert float(one["fog/test/top1"]) == pytest.approx(50 * (float(one["val/loss"]) + 1) + 1)
+    for text in ((tmp_path / "out/report.md").read_text(), done.output):
+        assert "t: val/loss ↓" in text
+        assert "t, fog: test/top1 ↑" in text
+    assert "| t, fog | la | test/top1 ↑ |" in (tmp_path / "out/table.md").read_text()
+
+
+def test_a_test_that_fails_or_changes_is_made_again_without_training(
+    ablate: Ablate, make_grid: MakeGrid, tmp_path: Path
+) -> None:
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min", "variants": ["gelu"]}
+    (tmp_path / "foggy.yaml").write_text("a: 1\n")
+
+    def grid(fog: str, metric: str = "test/loss") -> Path:
+        test = {"overrides": {"fog": fog}, "metric": metric, "config": [str(tmp_path / "foggy.yaml")]}
+        return make_grid(tasks={"t": {**task, "tests": {"fog": test}}}, seeds=[0], jobs=1)
+
+    failed = ablate(grid("lost"))
+    assert failed.status == 1
+    assert "no fog at hand" in failed.output
+    assert ablate(grid("0.5")).status == 0
+    (tmp_path / "foggy.yaml").write_text("a: 2\n")
+    assert ablate(grid("0.5")).status == 0
+    journal = (tmp_path / "out/t/gelu/seed0/journal.txt").read_text()
+    assert [line.split()[-1] for line in journal.splitlines()] == ["lost", "0.5", "0.5"]
+    assert begun(tmp_path) == ["t/gelu/seed0 from 0"], "trained once"
+    unknown = ablate(grid("0.5", "test/top2"))
+    assert unknown.status == 2
+    assert "t/gelu/seed0 reports no fog/test/top2" in unknown.output
+
+
+def test_a_diverged_run_is_lost_to_the_tests_as_well(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
+    variants = {"gelu": {"config": [str(tmp_path / "gelu.yaml")]}, "wild": {"overrides": {"diverge": True}}}
+    fog = {"overrides": {"fog": 0.5}, "metric": "test/loss"}
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min", "tests": {"fog": fog}}
+    done = ablate(make_grid(variants=variants, tasks={"t": task}, seeds=[0, 1]))
+    assert done.status == 0, done.output
+    assert [row["verdict"] for row in rows(tmp_path)][3] == "not finite on 2 of 2 seeds"
 
 
 def test_gates_are_averaged_once(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
