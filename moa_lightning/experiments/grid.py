@@ -141,6 +141,23 @@ class GridVariant:
 
 
 @dataclass(frozen=True)
+class Interaction:
+    """A difference of differences: does what is between two variants differ from what is between two others?"""
+
+    name: str
+    of: tuple[str, str]
+    against: tuple[str, str]
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Of the variants' metrics: (of[0] - of[1]) - (against[0] - against[1])."""
+        return dict(zip((*self.of, *self.against), (1, -1, -1, 1), strict=True))
+
+    def __str__(self) -> str:
+        return f"({self.of[0]} - {self.of[1]}) - ({self.against[0]} - {self.against[1]})"
+
+
+@dataclass(frozen=True)
 class Tuning:
     """How options are tuned: each variant gets the same values and the same seeds, which no final run has."""
 
@@ -270,7 +287,7 @@ class Claim(NamedTuple):
 
     task: str
     name: str
-    """the variant that is compared"""
+    """the variant that is compared, or the interaction"""
     outcome: Outcome
 
 
@@ -291,6 +308,7 @@ class Grid:
     cluster: Cluster | None = None
     file: Path | None = None
     """that it was read from"""
+    interactions: tuple[Interaction, ...] = ()
 
     @property
     def threads(self) -> int:
@@ -312,15 +330,22 @@ class Grid:
 
     def family(self) -> dict[Claim, dict[str, int]]:
         """The comparisons that are judged together: every variant of every judged task by each of its metrics, but for
-        baselines with themselves. Each with the variants whose metrics it sums up within a seed, and their weights."""
-        return {
-            Claim(task.name, variant.name, outcome): {variant.name: 1, self.against(variant): -1}
-            for task in self.tasks
-            if task.judged
-            for outcome in task.outcomes
-            for variant in self.variants_of(task)
-            if self.against(variant) != variant.name
-        }
+        baselines with themselves; the interactions by the task's own metric. Each with the variants whose metrics it
+        sums up within a seed, and their weights."""
+        found: dict[Claim, dict[str, int]] = {}
+        for task in (each for each in self.tasks if each.judged):
+            for outcome in task.outcomes:
+                for variant in self.variants_of(task):
+                    if self.against(variant) != variant.name:
+                        found[Claim(task.name, variant.name, outcome)] = {variant.name: 1, self.against(variant): -1}
+            for interaction in self.interactions_of(task):
+                found[Claim(task.name, interaction.name, task.outcomes[0])] = interaction.weights
+        return found
+
+    def interactions_of(self, task: GridTask) -> tuple[Interaction, ...]:
+        """Those of which a judged task has all variants."""
+        names = {variant.name for variant in self.variants_of(task)}
+        return tuple(each for each in self.interactions if task.judged and each.weights.keys() <= names)
 
     def variants_of(self, task: GridTask) -> tuple[GridVariant, ...]:
         """The variants that a task has."""

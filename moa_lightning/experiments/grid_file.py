@@ -25,6 +25,7 @@ from moa_lightning.experiments.grid import (
     GridTask,
     GridTest,
     GridVariant,
+    Interaction,
     Outcome,
     Seeds,
     Tuning,
@@ -32,7 +33,7 @@ from moa_lightning.experiments.grid import (
 
 GRID_KEYS = (
     *("name", "out", "seeds", "baseline", "tasks", "axes", "variants", "overrides", "budget", "tune", "jobs"),
-    "cluster",
+    *("cluster", "interactions"),
 )
 TASK_KEYS = (
     *("config", "metric", "mode", "test_metric", "effect", "target", "target_sd", "overrides", "budget", "tune"),
@@ -41,6 +42,7 @@ TASK_KEYS = (
 TEST_KEYS = ("config", "overrides", "metric", "mode")
 AXIS_KEYS = ("config", "overrides", "budget")
 VARIANT_KEYS = ("config", "overrides", "against", "freeze_gates")
+INTERACTION_KEYS = ("name", "of", "against")
 TUNE_KEYS = ("seeds", "options", "overrides", "budget")
 SEED_KEYS = ("pilot", "most", "power")
 UNITS = ("steps", "samples", "tokens", "tokens_per_parameter", "flops")
@@ -81,7 +83,11 @@ def load_grid(path: Path, resolve: Resolve) -> Grid:
     if not isinstance(out, str):
         raise UserError(f"{path}: out is {out!r}; give the folder of the runs, or remove the line.")
     cluster = _cluster(raw.get("cluster"), f"{path}: cluster")
-    grid = Grid(name, Path(out), seeds, raw["baseline"], tuple(tasks), variants, overrides, jobs, tuning, cluster, path)
+    interactions = _interactions(raw.get("interactions"), f"{path}: interactions")
+    grid = Grid(
+        *(name, Path(out), seeds, raw["baseline"], tuple(tasks), variants, overrides, jobs, tuning, cluster, path),
+        interactions=interactions,
+    )
     _check(grid, str(path))
     return grid
 
@@ -92,6 +98,8 @@ def _check(grid: Grid, where: str) -> None:
     for baseline in (grid.baseline, *(variant.against for variant in grid.variants if variant.against)):
         if baseline not in names:
             raise UserError(f"{where}: baseline {baseline!r} is not a variant; choose one of {', '.join(names)}.")
+    for interaction in grid.interactions:
+        _check_interaction(grid, interaction, names)
     tasks = [task.name for task in grid.tasks]
     if twice := sorted({name for name in tasks if tasks.count(name) > 1}):
         raise UserError(f"{where}: two tasks would be called {', '.join(twice)}: rename a task or an axis value.")
@@ -125,6 +133,16 @@ def _check(grid: Grid, where: str) -> None:
             )
     if grid.tuning is not None and not any(task.tune for task in grid.tasks):
         raise UserError(f"{where}: tune has seeds, but no task has options to tune; give `options`, or remove tune.")
+
+
+def _check_interaction(grid: Grid, interaction: Interaction, names: list[str]) -> None:
+    where = f"interaction {interaction.name}"
+    if interaction.name in names or sum(each.name == interaction.name for each in grid.interactions) > 1:
+        raise UserError(f"{where}: a variant or another interaction is called so; choose another name.")
+    if unknown := [name for name in interaction.weights if name not in names]:
+        raise UserError(f"{where}: {unknown[0]!r} is not a variant; choose from {', '.join(names)}.")
+    if not any(interaction in grid.interactions_of(task) for task in grid.tasks):
+        raise UserError(f"{where}: no judged task has all of {', '.join(interaction.weights)}; add them to one.")
 
 
 def _check_variants(grid: Grid, task: GridTask) -> None:
@@ -197,6 +215,25 @@ def _tuning(entry: Any, where: str) -> tuple[Tuning | None, Mapping[str, tuple[s
     if budget is not None and (clash := [option for option in BUDGET_OPTIONS if option in overrides]):
         raise UserError(f"{where} has a budget and the option {clash[0]}; remove one of them.")
     return Tuning(seeds, overrides, budget), _values(entry.get("options") or {}, where)
+
+
+def _interactions(entry: Any, where: str) -> tuple[Interaction, ...]:
+    if not isinstance(entry, list | None):
+        raise UserError(f"{where} is {entry!r}; give a list such as [{{name: x, of: [a, b], against: [c, d]}}].")
+    found = []
+    for each in entry or ():
+        each = _mapping(each, where, INTERACTION_KEYS)
+        name, of, against = (each.get(key) for key in INTERACTION_KEYS)
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise UserError(f"{where}: name is {name!r}; use letters, digits and . _ + - only.")
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in (of, against)):
+            raise UserError(
+                f"{where}: {name} needs two variants in `of` and two in `against`; found {of!r}, {against!r}."
+            )
+        if not _is_list_of_names([*of, *against]):
+            raise UserError(f"{where}: {name} is between four different variants; found {of!r} and {against!r}.")
+        found.append(Interaction(name, tuple(of), tuple(against)))
+    return tuple(found)
 
 
 def _values(entry: Any, where: str) -> dict[str, tuple[str, ...]]:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moa_lightning.errors import UserError
-from moa_lightning.experiments.grid import Claim, Grid, GridTask, GridVariant, Outcome, Run
+from moa_lightning.experiments.grid import Claim, Grid, GridTask, GridVariant, Interaction, Outcome, Run
 from moa_lightning.experiments.power import POWER, detectable_effect, seeds_needed
 from moa_lightning.experiments.schedule import Choice, Schedule, setting_name
 from moa_lightning.experiments.state import Result, State
@@ -67,6 +67,7 @@ class Row:
     seeds_to_show: int | None  # that would show the difference seen with POWER
     choice: Choice | None  # of the tuned options; None where tuning has not ended
     outcome: Outcome  # that means and difference are of
+    interaction: bool = False  # a difference of differences: `variant` is its name, and it has no mean of its own
 
     @property
     def title(self) -> str:
@@ -105,7 +106,7 @@ class Row:
             "detectable": "" if math.isnan(self.detectable) else f"{self.detectable:.2g}",
             "would show": "" if self.seeds_to_show is None else f"{self.seeds_to_show:,}",
             "seeds": str(self.n) if self.n == self.wanted else f"{self.n} of {self.wanted}",
-        }
+        } | (dict.fromkeys(("mean ± sd", "tuned", "parameters", "seconds"), "") if self.interaction else {})
 
 
 def headings(grid: Grid) -> list[str]:
@@ -132,12 +133,15 @@ def make_rows(schedule: Schedule, results: Mapping[Run, Result]) -> list[Row]:
         if found.paired.n < wanted[claim.task]:
             undecided = f"{UNDECIDED}: {found.paired.n} of {wanted[claim.task]} pairs"
             judged[claim] = replace(found, paired=compared[claim], verdict=undecided)
-    return [
-        _row(schedule, task, variant, outcome, finals, judged.get(Claim(task.name, variant.name, outcome)))
-        for task in grid.tasks
-        for outcome in task.outcomes
-        for variant in sorted(grid.variants_of(task), key=lambda variant: variant.name != grid.baseline)
-    ]
+    rows = []
+    for task, outcome in ((each, outcome) for each in grid.tasks for outcome in each.outcomes):
+        for variant in sorted(grid.variants_of(task), key=lambda variant: variant.name != grid.baseline):
+            difference = judged.get(Claim(task.name, variant.name, outcome))
+            rows.append(_row(schedule, task, variant, outcome, finals, difference))
+        for interaction in grid.interactions_of(task):
+            if (found := judged.get(Claim(task.name, interaction.name, outcome))) is not None:
+                rows.append(_interaction_row(task, interaction, outcome, wanted[task.name], found))
+    return rows
 
 
 def _row(
@@ -166,6 +170,26 @@ def _row(
         seeds_to_show=_seeds_to_show(difference),
         choice=schedule.choice(task, variant),
         outcome=outcome,
+    )
+
+
+def _interaction_row(task: GridTask, interaction: Interaction, outcome: Outcome, wanted: int, found: Judged) -> Row:
+    return Row(
+        task=task,
+        variant=interaction.name,
+        n=found.paired.n,
+        wanted=wanted,
+        mean=math.nan,
+        sd=math.nan,
+        parameters=None,
+        seconds=math.nan,
+        against=str(interaction),
+        difference=found,
+        detectable=_detectable(found),
+        seeds_to_show=_seeds_to_show(found),
+        choice=None,
+        outcome=outcome,
+        interaction=True,
     )
 
 
@@ -250,7 +274,8 @@ def note(grid: Grid, shown: Sequence[str]) -> str:
     names = ", ".join([grid.baseline, *pairs]) if len(baselines) > 1 else grid.baseline
     told = [text for column, text in NOTES.items() if column in shown and not (column == "verdict" and "p" in shown)]
     text = "; ".join(told).format(baselines=names, claims=grid.claims)
-    return f"{text}.{TUNED if 'tuned' in shown else ''}"
+    defined = "".join(f" {interaction.name}: {interaction}, within a seed." for interaction in grid.interactions)
+    return f"{text}.{defined}{TUNED if 'tuned' in shown else ''}"
 
 
 def _markdown(grid: Grid, rows: list[Row]) -> str:
@@ -275,7 +300,7 @@ def _record(row: Row) -> dict[str, object]:
         "n": row.n,
         "mean": row.mean,
         "sd": row.sd,
-        "tuned": _tuned(row.choice),
+        "tuned": "" if row.interaction else _tuned(row.choice),
         "parameters": row.parameters,
         "seconds_median": row.seconds,
         "against": "" if judged is None else row.against,

@@ -95,6 +95,23 @@ def test_tasks_with_variants_of_their_own_and_tasks_that_are_not_judged(
     assert "no run yet" not in report, "of variants that the task does not have"
 
 
+def test_interactions_are_in_table_and_report(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
+    """Of la_moa's quality, 0.1 is more than those of la and moa together."""
+    (tmp_path / "la_moa.yaml").write_text("quality: 0.4\n")
+    variants = {name: {"config": [str(tmp_path / f"{name}.yaml")]} for name in ("gelu", "la", "moa", "la_moa")}
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    crossed = {"name": "crossed", "of": ["la_moa", "la"], "against": ["moa", "gelu"]}
+    done = ablate(make_grid(tasks={"t": task}, variants=variants, interactions=[crossed], seeds=[0, 1, 2, 3, 4]))
+    assert done.status == 0, done.output
+    row = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))[-1]
+    # 0.4 - 0.1 - 0.2, times 1, 1.2, 1.4, 1 and 1.2
+    assert float(row["difference_mean"]) == pytest.approx(-0.1 * 1.16)
+    assert (row["variant"], row["family"], row["verdict"]) == ("crossed", "4", "better")
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "of 4 comparisons: 4 better" in report
+    assert "crossed" in done.output
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_continued_is_the_same_as_never_stopped(
     ablate: Ablate, make_grid: MakeGrid, tmp_path: Path, number: signal.Signals

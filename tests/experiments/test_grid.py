@@ -250,3 +250,49 @@ def test_a_module_that_only_a_test_imports_needs_leave_too(make_grid: MakeGrid, 
     task = {"config": str(tmp_path / "task.yaml"), "metric": "m", "mode": "min", "test_metric": "m"}
     task["tests"] = {"fog": {"overrides": {"import": "mine"}}}
     assert load_grid(make_grid(tasks={"t": task}), find).modules == {"mine"}
+
+
+FOUR = {name: {} for name in ("gelu", "gelu_ticket", "moa", "moa_ticket")}
+PRUNES = {"name": "prunes", "of": ["moa_ticket", "moa"], "against": ["gelu_ticket", "gelu"]}
+
+
+def test_interactions_are_claims_of_judged_tasks_that_have_their_variants(make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": str(tmp_path / "task.yaml"), "metric": "val/loss", "mode": "min"}
+    tests = {"fog": {"overrides": {"fog": 1}, "metric": "test/loss"}}
+    tasks = {
+        "all": {**task, "tests": tests},
+        "few": {**task, "variants": ["gelu", "moa", "moa_ticket"]},
+        "material": {**task, "judged": False},
+    }
+    grid = load_grid(make_grid(tasks=tasks, variants=FOUR, interactions=[PRUNES]), find)
+    found = {claim: weights for claim, weights in grid.family().items() if claim.name == "prunes"}
+    weights = {"moa_ticket": 1, "moa": -1, "gelu_ticket": -1, "gelu": 1}
+    assert found == {Claim("all", "prunes", Outcome("val/loss", "min")): weights}
+    assert grid.claims == 3 + 3 + 1 + 2  # variants by the metric and the test, the interaction, variants of `few`
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"name": "a b"}, "name is 'a b'; use letters"),
+        ({"name": "moa"}, "interaction moa: a variant or another interaction is called so"),
+        ({"of": ["moa_ticket", "la"]}, "interaction prunes: 'la' is not a variant"),
+        ({"of": ["moa_ticket"]}, "prunes needs two variants in `of`"),
+        ({"of": "moa"}, "prunes needs two variants in `of`"),
+        ({"of": ["moa_ticket", "gelu"]}, "prunes is between four different variants"),
+        ({"versus": 1}, "unknown key 'versus'"),
+    ],
+)
+def test_mistakes_in_an_interaction(make_grid: MakeGrid, entry: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_grid(make_grid(variants=FOUR, interactions=[PRUNES | entry]), find)
+
+
+def test_an_interaction_needs_a_task_and_a_name_of_its_own(make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": str(tmp_path / "task.yaml"), "metric": "val/loss", "mode": "min", "variants": ["gelu", "moa"]}
+    with pytest.raises(UserError, match="interaction prunes: no judged task has all of moa_ticket, moa, gelu_ticket"):
+        load_grid(make_grid(tasks={"t": task}, variants=FOUR, interactions=[PRUNES]), find)
+    with pytest.raises(UserError, match="another interaction is called so"):
+        load_grid(make_grid(variants=FOUR, interactions=[PRUNES, PRUNES]), find)
+    with pytest.raises(UserError, match="give a list such as"):
+        load_grid(make_grid(variants=FOUR, interactions=PRUNES), find)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from scipy.stats import ttest_1samp
 
-from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Run, Seeds
+from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Interaction, Run, Seeds
 from moa_lightning.experiments.runner import make_schedule
 from moa_lightning.experiments.schedule import Schedule
 from moa_lightning.experiments.state import Result, State
@@ -124,6 +125,42 @@ def test_only_the_variants_of_a_task_have_rows_and_claims(tmp_path: Path) -> Non
         ("few", "gelu"),
     ]
     assert {row.difference.family for row in rows if row.difference is not None} == {1}
+
+
+@pytest.mark.parametrize(("mode", "word"), [("min", "worse"), ("max", "better")])
+def test_an_interaction_by_hand(tmp_path: Path, mode: str, word: str) -> None:
+    """(moa_ticket - moa) - (gelu_ticket - gelu) is 0.2, 0.21 and 0.22 on the seeds: as a one-sample t-test."""
+    names = ("gelu", "gelu_ticket", "moa", "moa_ticket")
+    losses = {"gelu": [1.0, 1.3, 1.1], "gelu_ticket": [1.1, 1.5, 1.15], "moa": [0.9, 1.2, 1.05]}
+    ticket = [moa + (small - dense) + more for moa, small, dense, more in zip(
+        losses["moa"], losses["gelu_ticket"], losses["gelu"], (0.2, 0.21, 0.22), strict=True)]  # fmt: skip
+    interaction = Interaction("prunes", ("moa_ticket", "moa"), ("gelu_ticket", "gelu"))
+    small = grid(tmp_path)
+    crossed = make_schedule(
+        replace(
+            small.grid,
+            tasks=(replace(TASK, mode=mode),),
+            variants=tuple(GridVariant(name, ()) for name in names),
+            interactions=(interaction,),
+        )
+    )
+    found = results(crossed, {**losses, "moa_ticket": ticket})
+    rows = make_rows(crossed, found)
+    assert [row.variant for row in rows] == [*names, "prunes"], "after the variants"
+    assert cells(rows[-1]) == ("", "+0.210 [+0.185, +0.235]", word, "3")
+    assert rows[-1].difference is not None
+    assert rows[-1].difference.family == 4
+    expected = ttest_1samp([0.2, 0.21, 0.22], 0.0).pvalue
+    assert rows[-1].difference.paired.p == pytest.approx(expected)
+    assert rows[-1].difference.p_adjusted == pytest.approx(4 * expected), "the smallest of four"
+    unfinished = make_rows(crossed, {run: result for run, result in found.items() if run.name.count("gelu/seed2") == 0})
+    assert cells(unfinished[-1])[2:] == ("not decided: 2 of 3 pairs", "2 of 3")
+    write_tables(crossed.grid, rows, dict.fromkeys(found, State.FINISHED), found)
+    record = list(csv.DictReader((tmp_path / "table.csv").open()))[-1]
+    assert record["against"] == "(moa_ticket - moa) - (gelu_ticket - gelu)"
+    assert (record["variant"], record["verdict"]) == ("prunes", word)
+    assert float(record["difference_mean"]) == pytest.approx(0.21)
+    assert "prunes: (moa_ticket - moa) - (gelu_ticket - gelu), within a seed." in (tmp_path / "table.md").read_text()
 
 
 def test_files_keep_every_digit_and_list_every_run(tmp_path: Path) -> None:
