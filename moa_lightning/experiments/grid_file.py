@@ -223,16 +223,16 @@ def _interactions(entry: Any, where: str) -> tuple[Interaction, ...]:
     found = []
     for each in entry or ():
         each = _mapping(each, where, INTERACTION_KEYS)
-        name, of, against = (each.get(key) for key in INTERACTION_KEYS)
+        name, of, against = each.get("name"), each.get("of"), each.get("against")
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise UserError(f"{where}: name is {name!r}; use letters, digits and . _ + - only.")
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in (of, against)):
+        if not (isinstance(of, list) and isinstance(against, list) and len(of) == len(against) == 2):
             raise UserError(
                 f"{where}: {name} needs two variants in `of` and two in `against`; found {of!r}, {against!r}."
             )
         if not _is_list_of_names([*of, *against]):
             raise UserError(f"{where}: {name} is between four different variants; found {of!r} and {against!r}.")
-        found.append(Interaction(name, tuple(of), tuple(against)))
+        found.append(Interaction(name, (of[0], of[1]), (against[0], against[1])))
     return tuple(found)
 
 

@@ -139,8 +139,9 @@ def make_rows(schedule: Schedule, results: Mapping[Run, Result]) -> list[Row]:
             difference = judged.get(Claim(task.name, variant.name, outcome))
             rows.append(_row(schedule, task, variant, outcome, finals, difference))
         for interaction in grid.interactions_of(task):
-            if (found := judged.get(Claim(task.name, interaction.name, outcome))) is not None:
-                rows.append(_interaction_row(task, interaction, outcome, wanted[task.name], found))
+            difference = judged.get(Claim(task.name, interaction.name, outcome))
+            if difference is not None:
+                rows.append(_interaction_row(task, interaction, outcome, wanted[task.name], difference))
     return rows
 
 
