@@ -1,5 +1,5 @@
-"""Pruned fits in one process, and under DDP and FSDP2 in two: experts with Muon, AdamW and an average of the weights, and a
-teacher with its student."""
+"""Pruned fits in one process, and under DDP and FSDP2 in two: experts with Muon, AdamW and an average of the weights,
+and a teacher with its student."""
 
 from collections.abc import Callable
 
