@@ -62,6 +62,13 @@ class Progress:
         if not self.live.is_started:
             self._say(f"{run.name} {'continues' if resumed else 'starts'}")
 
+    def copied(self, run: Run, source: Run, finished: bool) -> None:
+        """A run was taken from another one; it may still have to be measured."""
+        if run in self.waiting:
+            self.waiting.remove(run)
+        self.ended += finished
+        self._say(f"{run.name} is a copy of {source.name}")
+
     def done(self, run: Run, failure: str | None) -> None:
         """A run has ended; `failure` says why where it did not finish."""
         seconds = self.clock() - self.under_way.pop(run)

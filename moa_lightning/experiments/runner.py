@@ -117,7 +117,8 @@ def run_grid(
 
 @dataclass
 class _Work:
-    """Starts runs as they become known and there is room, until there are none."""
+    """Starts runs as they become known and there is room, until there are none. A run that another task has as well is
+    made once, and copied."""
 
     schedule: Schedule
     executor: Executor
@@ -133,7 +134,7 @@ class _Work:
             for run in under_way:
                 self.progress.started(run, resumed=True)
             while True:
-                waiting = self.ready(self.waiting(under_way, failures))
+                waiting = _unlike(self.ready(self.waiting(under_way, failures)), under_way)
                 self.progress.ahead(waiting, self.schedule.total() - len(self.finished) - len(failures))
                 if not waiting and not under_way:
                     return [*failures, *self.left(failures)]
@@ -172,6 +173,13 @@ class _Work:
     def start(self, runs: Sequence[Run]) -> list[Run]:
         """Start runs; returns those that are under way, without those that a changed choice has found finished."""
         states = state.survey(runs, self.restart_changed)
+        made = {_kind(run): run for run in self.finished}
+        for run in runs:
+            if _kind(run) in made and states[run] in (State.NEW, State.CHANGED):
+                _check_unedited(run)
+                state.copy_finished(made[_kind(run)], run)
+                states[run] = state.state_of(run)
+                self.progress.copied(run, made[_kind(run)], finished=states[run] is State.FINISHED)
         self.finished |= {run for run, where in states.items() if where is State.FINISHED}
         begun = [run for run, where in states.items() if where is not State.FINISHED]
         for run in begun:
@@ -192,6 +200,18 @@ class _Work:
         state.deciding_value(ended.run)
         self.finished.add(ended.run)
         return None
+
+
+def _kind(run: Run) -> tuple[str, str]:
+    """Runs of this kind are the same, but for the task that they belong to. (Two variants of a task that are configured
+    alike are there to be compared, so they are not.)"""
+    return run.variant, run.digest
+
+
+def _unlike(runs: Sequence[Run], under_way: Sequence[Run]) -> list[Run]:
+    """The runs without those that can be copied soon: from one under way, or one before them."""
+    first = {_kind(run): run for run in (*reversed(runs), *under_way)}
+    return [run for run in runs if first[_kind(run)] is run]
 
 
 def _reason(ended: Ended) -> str | None:

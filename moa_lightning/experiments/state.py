@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import Any
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments.grid import Grid, Run, Seeds
-from moa_lightning.run_folder import RESULT, TEST, last_checkpoint
+from moa_lightning.run_folder import CHECKPOINTS, HELD, LOCK, RESULT, TEST, last_checkpoint
 
 RECORD = "run.json"  # what a run is and how it is run, written each time before it starts
+LOG = "log.txt"  # what it prints
 DIVERGED = "diverged.json"  # in place of a result
 GRID = ".grid"  # folder in a grid's folder, with a copy of its file and its seeds
 SEEDS = "seeds.json"
@@ -157,6 +159,34 @@ def prepare(run: Run, resume: bool) -> None:
     draft = run.folder.with_name(f".{run.folder.name}.json")
     draft.write_text(json.dumps(record, indent=1))
     os.replace(draft, _record(run))
+
+
+def copy_finished(source: Run, run: Run) -> None:
+    """Make the folder of a run from that of a finished one that is the same: checkpoints are hard links where the disk
+    has them. What only this one is measured by is left to do."""
+    other = {RECORD, LOG, LOCK, *((HELD,) if source.freeze_gates != run.freeze_gates else ())}
+    draft = run.folder.with_name(f".copied-{run.folder.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(
+        source.folder,
+        draft,
+        symlinks=True,  # last.ckpt names its neighbour
+        ignore=lambda folder, names: other & {*names} if Path(folder) == source.folder else (),
+        copy_function=_link_checkpoint,
+    )
+    (draft / LOG).write_text(f"a copy of {source.name}, a run with the same fingerprint\n", encoding="utf-8")
+    prepare(run, resume=False)
+    os.replace(_record(run), draft / RECORD)
+    run.folder.rmdir()
+    draft.rename(run.folder)  # at once: a kill leaves all of it or nothing
+
+
+def _link_checkpoint(source: str, target: str) -> None:
+    if CHECKPOINTS in Path(source).parts[-3:]:  # a file, or a folder of shards: never written twice
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def keep_file(grid: Grid) -> None:

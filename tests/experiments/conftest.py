@@ -42,13 +42,14 @@ def make_grid(tmp_path: Path) -> Callable[..., Path]:
         for name, quality in (("gelu", 0.0), ("la", 0.1), ("moa", 0.2)):
             (tmp_path / f"{name}.yaml").write_text(f"quality: {quality}\n")
         (tmp_path / "task.yaml").write_text("{}\n")
+        (tmp_path / "other.yaml").write_text("{}\n")
         task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
         grid = {
             "name": "small",
             "out": str(tmp_path / "out"),
             "seeds": [0, 1, 2],
             "baseline": "gelu",
-            "tasks": {"language": task, "mae": dict(task)},
+            "tasks": {"language": task, "mae": {**task, "config": [str(tmp_path / "other.yaml")]}},
             "variants": {name: {"config": [str(tmp_path / f"{name}.yaml")]} for name in ("gelu", "la", "moa")},
             "overrides": {"steps": 6, "step_seconds": 0.01, "journal": str(tmp_path / "journal.txt")},
             "jobs": 2,

@@ -161,6 +161,70 @@ def test_a_diverged_run_is_lost_to_the_tests_as_well(ablate: Ablate, make_grid: 
     assert [row["verdict"] for row in rows(tmp_path)][3] == "not finite on 2 of 2 seeds"
 
 
+def test_a_run_that_several_tasks_have_is_made_once(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    fog = {"fog": {"overrides": {"fog": 0.5}, "metric": "test/loss"}}
+    tasks = {
+        "first": {**task, "tests": fog},
+        "again": {**task, "mode": "max"},
+        "tested": {**task, "test_metric": "test/loss", "variants": ["gelu", "moa"]},
+        "longer": {**task, "overrides": {"steps": 8}, "variants": ["gelu"]},
+        "on_top": {**task, "overrides": {"after": "{run:again/la}"}, "variants": ["gelu"]},
+    }
+    variants = {name: {"config": [str(tmp_path / f"{name}.yaml")]} for name in ("gelu", "la", "moa")}
+    variants["moa"]["freeze_gates"] = 4
+    path = make_grid(tasks=tasks, seeds=[0, 1], variants=variants)
+    done = ablate(path)
+    assert done.status == 0, done.output
+    starts = Counter(line.split()[0].split("/")[0] for line in begun(tmp_path))
+    assert starts == {"first": 6, "longer": 2, "on_top": 2}
+    assert "again/la/seed1 is a copy of first/la/seed1" in done.output
+    out = tmp_path / "out"
+    for name in ("gelu", "la", "moa"):
+        first, again = (out / task / name / "seed1" for task in ("first", "again"))
+        for file in ("result.json", "metrics.csv"):
+            assert (first / file).read_bytes() == (again / file).read_bytes()
+        assert (first / "checkpoints/last.ckpt").samefile(again / "checkpoints/last.ckpt")
+        assert not (first / "result.json").samefile(again / "result.json")
+        assert (again / "log.txt").read_text() == f"a copy of first/{name}/seed1, a run with the same fingerprint\n"
+    moa = (out / "tested/moa/seed1/journal.txt").read_text().splitlines()
+    assert [line.split(maxsplit=1)[1] for line in moa if line.startswith("tested/")] == ["tested"]
+    assert len(moa) == 3, "first's two measurements were not repeated"
+    assert (out / "tested/moa/seed1/test.json").is_file()
+    assert not (out / "first/moa/seed1/test.json").exists()
+    found = {(row["task"], row["variant"], row["test"]): row for row in rows(tmp_path)}
+    assert found["first", "la", ""]["mean"] == found["again", "la", ""]["mean"]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
+    assert "20 of 20 runs are finished already" in ablate(path).output
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
+
+
+def test_variants_of_a_task_that_are_configured_alike_are_both_trained(
+    ablate: Ablate, make_grid: MakeGrid, tmp_path: Path
+) -> None:
+    variants = {name: {"config": [str(tmp_path / "gelu.yaml")]} for name in ("gelu", "once_more")}
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    assert ablate(make_grid(tasks={"t": task}, variants=variants, seeds=[0])).status == 0
+    assert sorted(begun(tmp_path)) == ["t/gelu/seed0 from 0", "t/once_more/seed0 from 0"]
+
+
+def test_what_would_have_been_copied_from_a_run_that_failed_or_diverged(
+    ablate: Ablate, make_grid: MakeGrid, tmp_path: Path
+) -> None:
+    task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
+    tasks = {"first": task, "again": dict(task)}
+    failing = {"gelu": {"overrides": {"fail": "no disk"}}}
+    failed = ablate(make_grid(tasks=tasks, variants=failing, seeds=[0], jobs=2))
+    assert failed.status == 1
+    assert failed.output.count("RuntimeError: no disk") >= 2, "each says why"
+    wild = {"gelu": {"overrides": {"diverge": True}}}
+    done = ablate(make_grid(tasks=tasks, variants=wild, seeds=[0], out=str(tmp_path / "wild")))
+    assert done.status == 0, done.output
+    assert Counter(begun(tmp_path))["first/gelu/seed0 from 0"] == 2
+    assert Counter(begun(tmp_path))["again/gelu/seed0 from 0"] == 1, "of the failing ones"
+    assert (tmp_path / "wild/again/gelu/seed0/diverged.json").is_file()
+
+
 def test_gates_are_averaged_once(ablate: Ablate, make_grid: MakeGrid, tmp_path: Path) -> None:
     variants = {"gelu": {}, "moa": {"config": [str(tmp_path / "moa.yaml")], "freeze_gates": 64}}
     task = {"config": [str(tmp_path / "task.yaml")], "metric": "val/loss", "mode": "min"}
