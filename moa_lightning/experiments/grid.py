@@ -2,9 +2,9 @@
 
 A run's fingerprint holds what decides its result (the options and the parsed content of its config files, so that a
 comment may change) and leaves out where it is stored, so that a finished grid may be moved. An option may name another
-run of the grid, {run:variant}, and begins after it. Which runs a grid comes to
-is partly decided by the results of others (tuned options, number of seeds): see schedule.py. Grid files are read by
-grid_file.py.
+run of the grid, {run:variant}, and begins after it. What a finished run is measured by beside its training (`tests`)
+is no part of it. Which runs a grid comes to is partly decided by the results of others (tuned options, number of
+seeds): see schedule.py. Grid files are read by grid_file.py.
 """
 
 import hashlib
