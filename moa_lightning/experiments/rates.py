@@ -1,13 +1,18 @@
-"""Learning-rate sensitivity: the best rate, the basin of rates that do nearly as well, and how two variants differ.
+"""Learning-rate sensitivity: the best rate, what other rates lose, the basin of rates that do nearly as well.
 
-Losses are looked at over the logarithm of the rate. The best rate is the minimum of the parabola through the lowest
-measured point and its two neighbours; the basin holds the rates around the lowest point whose loss, interpolated
-linearly between neighbours, stays within `delta` of it. At an end of the grid nothing lies beyond to compare with, and
-beside a rate at which a run diverged nothing is known of the way there: an optimum or a basin's edge in such a place is
-a bound ("at least", "at most"), and a ratio built on it is one as well.
+Losses are looked at over the logarithm of the rate, and between measured points the curve is the parabola through the
+two and the next one towards the lowest. The optimum is the minimum of the parabola about the lowest point; the basin
+holds the rates around it whose loss stays within `delta` of that minimum, so the optimum always lies in its basin.
+(Straight lines down to the lowest point would leave the basin at once where a step of the grid changes the loss much,
+and the basins of all variants would end beside the same tried rate.) At an end of the grid nothing lies beyond to
+compare with, and beside a rate at which a run diverged nothing is known of the way there: an optimum or a basin's edge
+in such a place is a bound ("at least", "at most"), and a ratio built on it is one as well.
+
+What a grid says without any interpolation is `lost_at`: how much worse the tried rates are that are twice or half the
+best one. Three points, of one or two seeds, always make a parabola; this shows the points.
 
 The claim under test ([S] of arXiv 2605.26647: MoA holds a peak rate 1.5-2 times the baseline's) is about
-`Sensitivity.highest`, the largest tolerable rate, and `Sensitivity.optimum`.
+`Sensitivity.highest`, the largest tolerable rate, `Sensitivity.optimum`, and the loss at twice the best rate.
 """
 
 import math
@@ -18,8 +23,13 @@ import numpy as np
 
 from moa_lightning.errors import UserError
 
-from .ratios import UNKNOWN, Kind, Measured, Ratio, ratio_over_seeds
+from .ratios import UNKNOWN, Kind, Measured, Ratio, over, ratio_over_seeds
 from .statistics import CONFIDENCE
+
+MULTIPLES = (1 / 10, 1 / 4, 1 / 3, 1 / 2, 2.0, 3.0, 4.0, 10.0)  # of the best rate, at which others are looked at
+NEAR = 0.12  # a tried rate stands for a multiple that it misses by this share at most: 1, 3, 10 are a factor 3 apart
+
+Losses = Mapping[float, Mapping[int, float]]  # rate -> seed -> final loss
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Sensitivity:
     best_rate: float  # the measured one of the lowest loss; NaN where all runs diverged
     best: float  # its loss
     optimum: Measured  # by the parabola
-    lowest: Measured  # ends of the basin
+    lowest: Measured  # ends of the basin, which the optimum lies in
     highest: Measured
     width: Measured  # highest / lowest
 
@@ -46,7 +56,7 @@ def sensitivity(losses: Mapping[float, float], delta: float, mode: str = "min") 
 
     Args:
         losses: rate -> final loss; NaN or infinite where the run diverged.
-        delta: by how much a loss may be worse than the lowest to belong to the basin, in the metric's units.
+        delta: by how much a loss may be worse than the optimum's to belong to the basin, in the metric's units.
         mode: "max" for a metric of which more is better.
 
     Raises:
@@ -64,50 +74,74 @@ def sensitivity(losses: Mapping[float, float], delta: float, mode: str = "min") 
     if np.isinf(values).all():
         return Sensitivity(math.nan, math.nan, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN)
     x, at = np.log(rates), int(np.argmin(values))
-    lowest = _edge(x, values, at, -1, delta)
-    highest = _edge(x, values, at, 1, delta)
-    return Sensitivity(
-        float(rates[at]), sign * float(values[at]), _optimum(x, values, at), lowest, highest, _width(lowest, highest)
-    )
+    optimum, lowest, highest = _basin(x, values, at, delta)
+    width = over(highest, lowest)
+    return Sensitivity(float(rates[at]), sign * float(values[at]), optimum, lowest, highest, width)
 
 
-def _optimum(x: np.ndarray, values: np.ndarray, at: int) -> Measured:
-    if at in (0, len(x) - 1):
-        return Measured(math.exp(x[at]), Kind.AT_MOST if at == 0 else Kind.AT_LEAST)
-    before, after = np.isinf(values[[at - 1, at + 1]])
-    if before or after:  # no parabola, and the optimum may lie anywhere on the way to the rate that diverged
-        return UNKNOWN if before and after else Measured(math.exp(x[at]), Kind.AT_MOST if before else Kind.AT_LEAST)
-    left, right = x[at - 1] - x[at], x[at + 1] - x[at]
-    # the parabola through the points (left, a), (0, 0), (right, b)
-    a, b = values[at - 1] - values[at], values[at + 1] - values[at]
-    curvature = (a / left - b / right) / (left - right)
-    slope = a / left - curvature * left
+def _basin(x: np.ndarray, values: np.ndarray, at: int, delta: float) -> tuple[Measured, Measured, Measured]:
+    """The optimum and the ends of its basin."""
+    below, above = at > 0 and math.isfinite(values[at - 1]), at + 1 < len(x) and math.isfinite(values[at + 1])
+    if below and above:
+        return _around(x, values, at, delta)
+    best = math.exp(x[at])
+    if not below and not above:  # tried alone, or between two rates that diverged
+        return UNKNOWN, UNKNOWN, UNKNOWN
+    # The optimum may lie anywhere beyond, and lower: the basin's other end then lies nearer to it than what is found.
+    if above:
+        end = _edge(x, values, at, 1, values[at] + delta)
+        return Measured(best, Kind.AT_MOST), Measured(best, Kind.AT_MOST), _bounded(end, Kind.AT_MOST)
+    end = _edge(x, values, at, -1, values[at] + delta)
+    return Measured(best, Kind.AT_LEAST), _bounded(end, Kind.AT_LEAST), Measured(best, Kind.AT_LEAST)
+
+
+def _around(x: np.ndarray, values: np.ndarray, at: int, delta: float) -> tuple[Measured, Measured, Measured]:
+    """The same where both neighbours of the lowest point have a value."""
+    slope, curvature = _parabola(x[at - 1 : at + 2] - x[at], values[at - 1 : at + 2] - values[at])
     shift = -slope / (2 * curvature) if curvature > 0 else 0.0
-    return Measured(math.exp(x[at] + shift))
+    minimum = values[at] - curvature * shift**2
+    reach = math.sqrt(delta / curvature) if curvature > 0 else math.inf
+
+    def end(step: int) -> Measured:
+        if reach < abs(x[at + step] - x[at] - shift):
+            return Measured(math.exp(x[at] + shift + step * reach))
+        return _edge(x, values, at + step, step, minimum + delta)
+
+    return Measured(math.exp(x[at] + shift)), end(-1), end(1)
 
 
-def _edge(x: np.ndarray, values: np.ndarray, at: int, step: int, delta: float) -> Measured:
-    """Where the basin ends on one side (step -1 or 1)."""
-    limit = values[at] + delta
-    here = at
-    while 0 <= here + step < len(x):
-        following = here + step
-        if values[following] > limit:
-            if math.isinf(values[following]):
-                break
-            share = (limit - values[here]) / (values[following] - values[here])
-            return Measured(math.exp(x[here] + share * (x[following] - x[here])))
-        here = following
-    return Measured(math.exp(x[here]), Kind.AT_LEAST if step > 0 else Kind.AT_MOST)
+def _parabola(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Slope at 0 and curvature of the parabola through (0, 0), the middle one of three points, and the two others."""
+    left, right = float(y[0] / x[0]), float(y[2] / x[2])
+    curvature = (left - right) / float(x[0] - x[2])
+    return left - curvature * float(x[0]), curvature
 
 
-def _width(lowest: Measured, highest: Measured) -> Measured:
-    """A basin open at either end is at least this wide."""
-    exact = lowest.kind is Kind.EXACT and highest.kind is Kind.EXACT
-    return Measured(highest.value / lowest.value, Kind.EXACT if exact else Kind.AT_LEAST)
+def _edge(x: np.ndarray, values: np.ndarray, here: int, step: int, limit: float) -> Measured:
+    """Where the curve leaves the basin on the way outwards (step -1 or 1) from a point of it."""
+    while 0 <= here + step < len(x) and values[here + step] <= limit:
+        here += step
+    after, before = here + step, here - step
+    if not 0 <= after < len(x) or math.isinf(values[after]):
+        return Measured(math.exp(x[here]), Kind.AT_LEAST if step > 0 else Kind.AT_MOST)
+    width, rise, room = abs(x[after] - x[here]), values[after] - values[here], limit - values[here]
+    slope, curvature = rise / width, 0.0
+    if 0 <= before < len(x) and math.isfinite(values[before]):
+        three = [before, here, after]
+        slope, curvature = _parabola(step * (x[three] - x[here]), values[three] - values[here])
+    root = math.sqrt(
+        max(0.0, slope**2 + 4 * curvature * room)
+    )  # slope · t + curvature · t² = room, once between here and after
+    share = 2 * room / (slope + root) if slope > 0 else (root - slope) / (2 * curvature)
+    return Measured(math.exp(x[here] + step * share))
 
 
-def mean_over_seeds(losses: Mapping[float, Mapping[int, float]]) -> dict[float, float]:
+def _bounded(end: Measured, kind: Kind) -> Measured:
+    """An end that lies there or nearer to the optimum; unknown where it may lie farther out as well."""
+    return Measured(end.value, kind) if end.kind is Kind.EXACT else UNKNOWN
+
+
+def mean_over_seeds(losses: Losses) -> dict[float, float]:
     """rate -> mean loss; a rate at which one seed diverged counts as diverged.
 
     Raises:
@@ -116,6 +150,27 @@ def mean_over_seeds(losses: Mapping[float, Mapping[int, float]]) -> dict[float, 
     if len({frozenset(found) for found in losses.values()}) > 1:
         raise UserError("the learning rates were run on different seeds; run the missing ones before comparing rates")
     return {rate: float(np.mean(list(found.values()))) for rate, found in losses.items()}
+
+
+def best_tried(losses: Losses, mode: str = "min") -> float:
+    """The rate that tuning chooses, by the mean over seeds; NaN where a run diverged at each of them."""
+    means = {rate: mean for rate, mean in mean_over_seeds(losses).items() if math.isfinite(mean)}
+    return (min if mode == "min" else max)(means, key=means.__getitem__, default=math.nan)
+
+
+def lost_at(losses: Losses, multiple: float, mode: str = "min") -> dict[int, float] | None:
+    """By how much the metric at `multiple` times the best tried rate is worse than at the best one, by seed.
+
+    Returns:
+        Not finite for a seed that diverged there; None where no rate near that multiple was tried.
+    """
+    best = best_tried(losses, mode)
+    wanted = math.log(best * multiple)
+    rate = min(losses, key=lambda rate: abs(math.log(rate) - wanted)) if math.isfinite(best) else None
+    if rate is None or rate == best or abs(math.log(rate) - wanted) > NEAR:
+        return None
+    sign = 1.0 if mode == "min" else -1.0
+    return {seed: sign * (value - losses[best][seed]) for seed, value in losses[rate].items()}
 
 
 @dataclass(frozen=True)
@@ -128,8 +183,8 @@ class RateRatios:
 
 
 def rate_ratios(
-    variant: Mapping[float, Mapping[int, float]],
-    baseline: Mapping[float, Mapping[int, float]],
+    variant: Losses,
+    baseline: Losses,
     delta: float,
     mode: str = "min",
     confidence: float = CONFIDENCE,
@@ -144,7 +199,7 @@ def rate_ratios(
     return RateRatios(ratio("optimum"), ratio("highest"), ratio("width"))
 
 
-def _by_seed(losses: Mapping[float, Mapping[int, float]]) -> dict[int, dict[float, float]]:
+def _by_seed(losses: Losses) -> dict[int, dict[float, float]]:
     """seed -> rate -> loss, for the seeds that were run at every rate."""
     seeds = set.intersection(*(set(found) for found in losses.values())) if losses else set()
     return {seed: {rate: found[seed] for rate, found in losses.items()} for seed in sorted(seeds)}

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isnan
+
+from ..experiments.ratios import Ratio
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,8 @@ class Report:
     title: str
     lead: str
     sections: Sequence[Section]
+
+
+def ratio_cell(ratio: Ratio) -> str:
+    """A ratio in a table: 1.2 [1.1, 1.3], or a bound, or unknown."""
+    return f"{ratio.ratio}" if isnan(ratio.low) else f"{ratio.ratio} [{ratio.low:.2f}, {ratio.high:.2f}]"

@@ -5,22 +5,18 @@ from collections.abc import Mapping
 
 from ..experiments.convergence import final_by_seed, speed_ups
 from ..experiments.grid import Grid, GridTask, Run
-from ..experiments.plots import axes_figure, rates_figure, read_traces, svg
+from ..experiments.plots import axes_figure, read_traces, svg
 from ..experiments.power import MOST_SEEDS
 from ..experiments.progress import duration
-from ..experiments.rates import mean_over_seeds, rate_ratios, sensitivity
-from ..experiments.ratios import Ratio
-from ..experiments.schedule import Schedule, setting_name, settings
+from ..experiments.schedule import Schedule
 from ..experiments.state import Result, State, read_result, survey
 from ..experiments.statistics import SPEED_RUN_SD, SPEED_RUN_STEP, speed_run
 from ..experiments.table import Row, by_title, headings, make_rows, note
-from .content import Block, Code, Picture, Report, Section, Table, Text
+from .content import Block, Code, Picture, Report, Section, Table, Text, ratio_cell
 from .mixes import grid_mixes
+from .rates import tuned_values
 from .run import MIXES, pictures, provenance, samples
 from .scaling import scaling_sections
-
-BASIN = 0.5  # share of the grid's `effect` that a loss may lie above the best to belong to the basin of rates
-WITHOUT_EFFECT = 0.01  # the same as a share of the best value, where the task names no effect
 
 
 def grid_report(schedule: Schedule) -> Report:
@@ -36,7 +32,7 @@ def grid_report(schedule: Schedule) -> Report:
         blocks = [
             *_target(grid, task, results),
             *_convergence(grid, task, finals),
-            *_rates(schedule, task, results),
+            *tuned_values(schedule, task, results),
             *_shown(task, finals),
         ]
         mixes = _mixes(grid, task, finals)
@@ -143,7 +139,7 @@ def _convergence(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:
         found = speed_ups(traces[variant.name], traces[other], task.mode, final_by_seed(traces[other]))
         axes = list(found)
         times.append([variant.name, other, *(f"{each.time} / {each.baseline_time}" for each in found.values())])
-        lines.append([variant.name, other, *(_ratio(each.speed_up) for each in found.values())])
+        lines.append([variant.name, other, *(ratio_cell(each.speed_up) for each in found.values())])
         lines[-1].append(f"{next(iter(found.values())).reached} of {next(iter(found.values())).seeds}")
     if lines:
         note = (
@@ -154,68 +150,6 @@ def _convergence(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:
         note = "What both needed on average to get there, variant / baseline, in units of each axis."
         blocks.append(Table(("variant", "baseline", *axes), times, note))
     return blocks
-
-
-def _rates(schedule: Schedule, task: GridTask, results: Mapping[Run, Result]) -> list[Block]:
-    """The metric against the tuned option, where one numeric option was tuned."""
-    grid = schedule.grid
-    if grid.tuning is None or len(task.tune) != 1 or len(next(iter(task.tune.values()))) < 3:
-        return []
-    option = next(iter(task.tune))
-    losses = {}
-    for variant in grid.variants:
-        found = _tuned(schedule, task, variant.name, option, results)
-        if found:
-            losses[variant.name] = found
-    if not losses:
-        return []
-    name = option.rpartition(".")[2]
-    caption = f"{task.name}: {task.metric} against {name}; a point a run, lines through means, crosses: diverged"
-    blocks: list[Block] = [Picture(f"{task.name}-{name}", svg(rates_figure(task, name, losses)), "svg", caption)]
-    means = [value for found in losses.values() for value in mean_over_seeds(found).values() if math.isfinite(value)]
-    best = min if task.mode == "min" else max
-    delta = BASIN * task.effect if task.effect else WITHOUT_EFFECT * abs(best(means, default=0.0))
-    if min(value for found in losses.values() for value in found) <= 0 or delta == 0:
-        return blocks  # no logarithm of the values, or nothing to measure a basin by
-    lines = []
-    for variant in grid.variants:
-        if variant.name not in losses:
-            continue
-        one = sensitivity(mean_over_seeds(losses[variant.name]), delta, task.mode)
-        line = [variant.name, f"{one.best_rate:g}", str(one.optimum), f"{one.lowest} to {one.highest}", str(one.width)]
-        other = grid.against(variant)
-        if other != variant.name and other in losses:
-            ratios = rate_ratios(losses[variant.name], losses[other], delta, task.mode)
-            line += [_ratio(ratios.optimum), _ratio(ratios.highest)]
-        else:
-            line += ["", ""]
-        lines.append([*line, one.at_edge])
-    titles = ("variant", "best tried", "optimum", "basin", "width", "optimum / baseline's", "largest / baseline's", "")
-    note = (
-        f"Basin: values whose {task.metric} stays within {delta:.2g} of the best, interpolated; optimum: of a parabola "
-        "through the best value tried and its neighbours; ratios over the tuning seeds."
-    )
-    return [*blocks, Table(titles, lines, note)]
-
-
-def _tuned(
-    schedule: Schedule, task: GridTask, variant: str, option: str, results: Mapping[Run, Result]
-) -> dict[float, dict[int, float]]:
-    """value of the option -> seed -> metric, {} while runs are missing or where the values are no numbers."""
-    by_name = {(run.variant, run.setting, run.seed): result for run, result in results.items() if run.task == task.name}
-    found: dict[float, dict[int, float]] = {}
-    assert schedule.grid.tuning is not None
-    for setting in settings(task):
-        try:
-            value = float(setting[option])
-        except ValueError:
-            return {}
-        for seed in schedule.grid.tuning.seeds:
-            result = by_name.get((variant, setting_name(setting), seed))
-            if result is None:
-                return {}
-            found.setdefault(value, {})[seed] = result.metrics[task.metric]
-    return found
 
 
 def _shown(task: GridTask, finals: list[Run], about: str = "") -> list[Block]:
@@ -258,9 +192,3 @@ def _configs(grid: Grid) -> list[Block]:
     if grid.file is not None:
         blocks.append(Code(f"the grid: {grid.file.name}", grid.file.read_text(encoding="utf-8")))
     return [*blocks, *(Code(name, path.read_text(encoding="utf-8")) for name, path in files.items())]
-
-
-def _ratio(ratio: Ratio) -> str:
-    if math.isnan(ratio.low):
-        return f"{ratio.ratio}"
-    return f"{ratio.ratio} [{ratio.low:.2f}, {ratio.high:.2f}]"
