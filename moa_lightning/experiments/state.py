@@ -50,6 +50,8 @@ class Result:
     tokens: int | None
     seconds: float
     """training time"""
+    flops: float | None = None
+    """matrix products of forward and backward passes over all of the training"""
 
     @property
     def diverged(self) -> bool:
@@ -78,8 +80,9 @@ def measured(folder: Path, pattern: str) -> Path | None:
 
 def differences(run: Run) -> list[str]:
     """The parts (config files, options) in which the stored fingerprint differs from the present one."""
-    stored = _read_json(_record(run)).get("fingerprint", {})
-    present = run.fingerprint()
+    stored, present = _read_json(_record(run)).get("fingerprint"), run.fingerprint()
+    if not isinstance(stored, dict):
+        return sorted(present)
     return sorted(part for part in {*stored, *present} if stored.get(part) != present.get(part))
 
 
@@ -118,7 +121,9 @@ def read_result(run: Run) -> Result:
     path = run.folder / RESULT
     raw = _read_json(path)
     try:
-        metrics = _numbers(raw["metrics"])
+        metrics, seconds = _numbers(raw["metrics"]), float(raw["seconds"])
+        counts = {key: _count(raw[key]) for key in ("parameters", "steps", "samples", "tokens")}
+        flops = None if raw.get("flops") is None else float(raw["flops"])  # older runs have none
         if run.test_metric is not None:
             path = run.folder / TEST
             metrics |= _numbers(_read_json(path)["metrics"])
@@ -126,8 +131,9 @@ def read_result(run: Run) -> Result:
             path = measured(run.folder, test.result) or run.folder / test.folder
             found = _numbers(_read_json(path)["metrics"])
             metrics |= {test.outcome._replace(metric=name).column: value for name, value in found.items()}
-        rest = {key: raw[key] for key in ("parameters", "steps", "samples", "tokens")}
-        return Result(metrics, seconds=float(raw["seconds"]), **rest)
+        return Result(metrics, seconds=seconds, flops=flops, **counts)
+    except UserError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a result of moa ({error!r}): delete the folder to repeat the run.") from error
 
@@ -136,6 +142,10 @@ def _deciding(run: Run) -> list[str]:
     """The metrics that it must report, by the names that they have in a result."""
     own = [metric for metric in (run.metric, run.test_metric) if metric is not None]
     return own + [test.outcome.column for test in run.tests]
+
+
+def _count(number: int | None) -> int | None:
+    return None if number is None else int(number)
 
 
 def _numbers(metrics: dict[str, float | None]) -> dict[str, float]:
@@ -212,7 +222,10 @@ def kept_seeds(out: Path) -> Seeds | None:
     if not path.is_file():
         return None
     kept = _read_json(path)
-    return Seeds(tuple(kept["pilot"]), kept["most"], kept["power"])
+    try:
+        return Seeds(tuple(map(int, kept["pilot"])), int(kept["most"]), float(kept["power"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold the seeds of a grid ({error!r}): start the grid again.") from error
 
 
 def lock(out: Path) -> int:

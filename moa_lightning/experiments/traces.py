@@ -58,7 +58,7 @@ def read_trace(path: Path, metric: str) -> Trace:
             if all(cells):
                 axes[name] = np.array([float(cell) for cell in cells if cell])
         return Trace(np.array([float(point[metric]) for point in points]), axes)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
         raise UserError(f"cannot read the curve of {metric} in {path} ({error!r}): repeat the run") from error
 
 

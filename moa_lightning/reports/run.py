@@ -1,7 +1,10 @@
 """The report of one run, also while it goes on: metrics, curves, pictures, samples, config, where it ran."""
 
 import csv
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,6 +16,7 @@ from ..experiments.plots import svg
 from ..experiments.progress import duration
 from ..run_folder import CONFIG, RESULT, TEST, read_json
 from .content import Block, Code, Picture, Report, Section, Table, Text
+from .files import read_text, reading
 from .mixes import run_mixes
 
 COUNTERS = ("step", "samples", "tokens", "flops", "seconds")
@@ -36,19 +40,27 @@ def run_report(folder: Path) -> Report:
     if not (folder / CONFIG).is_file():
         raise UserError(f"'{folder}' holds neither a run ({CONFIG}) nor a grid")
     rows = _rows(folder / "metrics.csv")
-    result = read_json(folder / RESULT)
-    state = f"finished after {duration(result['seconds'])} of training" if result else "not finished"
+    about, state = _about(folder)
     last = f", at step {int(rows[-1]['step']):,}" if rows else ""
     sections = [
         Section("Metrics", [*_metrics(folder, rows)]),
         Section("Curves", [*_curves(rows)]),
         Section("What it shows", [*pictures(folder), *samples(folder)]),
         Section("What the mix learned", run_mixes(folder, pictures(folder, MIXES), samples(folder, MIXES))),
-        Section("Configuration", [Code(CONFIG, (folder / CONFIG).read_text(encoding="utf-8"))]),
+        Section("Configuration", [Code(CONFIG, read_text(folder / CONFIG))]),
         Section("Where it ran", provenance([folder])),
     ]
-    lead = f"{result['task']}, {result['parameters']:,} trained parameters; {state}" if result else f"A run, {state}"
-    return Report(folder.name, f"{lead}{last}.", [section for section in sections if section.blocks])
+    return Report(folder.name, f"{about}{state}{last}.", [section for section in sections if section.blocks])
+
+
+def _about(folder: Path) -> tuple[str, str]:
+    """What was trained, and whether to the end."""
+    result = read_json(folder / RESULT)
+    if result is None:
+        return "A run, ", "not finished"
+    with reading(folder / RESULT):
+        about = f"{result['task']}, {result['parameters']:,} trained parameters; "
+        return about, f"finished after {duration(result['seconds'])} of training"
 
 
 def pictures(folder: Path, about: str = "") -> list[Picture]:
@@ -62,26 +74,24 @@ def pictures(folder: Path, about: str = "") -> list[Picture]:
 
 def caption(name: str, path: Path) -> str:
     """What a picture is and, where the name is a known one, how to read it."""
-    text = f"{name.replace('-', ' ')} at step {_step(path)}"
+    text = f"{name.replace('-', ' ')} at step {_step(path):,}"
     return f"{text}: {HOW_TO_READ[name]}" if name in HOW_TO_READ else text
 
 
 def samples(folder: Path, about: str = "") -> list[Code]:
     """The latest text of each kind, about MIXES or about everything else."""
     latest = _latest(folder, "samples/*.txt", about)
-    return [
-        Code(f"{name} at step {_step(path)}", path.read_text(encoding="utf-8"), folded=False)
-        for name, path in latest.items()
-    ]
+    return [Code(f"{name} at step {_step(path):,}", read_text(path), folded=False) for name, path in latest.items()]
 
 
 def _latest(folder: Path, pattern: str, about: str) -> dict[str, Path]:
+    """The last file of each kind that a run has written; a user's own files in between have no step."""
     latest: dict[str, Path] = {}
-    for path in sorted(folder.glob(pattern)):
+    for path in sorted(folder.glob(pattern), key=lambda path: (_step(path) or 0, path.name)):
         name = path.stem.rpartition("-step")[0]
-        if name.startswith(MIXES) == (about == MIXES):
+        if _step(path) is not None and name.startswith(MIXES) == (about == MIXES):
             latest[name] = path
-    return latest
+    return dict(sorted(latest.items()))
 
 
 def provenance(folders: list[Path]) -> list[Block]:
@@ -89,16 +99,11 @@ def provenance(folders: list[Path]) -> list[Block]:
     rows: dict[tuple[str, ...], int] = {}
     commands = []
     for folder in folders:
-        for entry in environment.read(folder):
-            data, packages = entry.get("data") or {}, entry.get("packages") or {}
-            row = (
-                str(entry.get("commit") or "unknown")[:12] + ("+" if str(entry.get("commit")).endswith("+") else ""),
-                f"{entry.get('device')}; {entry.get('run')}",
-                f"Python {entry.get('python')}, " + ", ".join(f"{name} {packages[name]}" for name in packages),
-                f"{data.get('data')} {data.get('source', '')}, sha256 {str(data.get('sha256', 'unknown'))[:12]}",
-            )
-            rows[row] = rows.get(row, 0) + 1
-            commands.append(" ".join(entry.get("command") or []))
+        with reading(folder / environment.FILE):
+            for entry in environment.read(folder):
+                row = _start(entry)
+                rows[row] = rows.get(row, 0) + 1
+                commands.append(" ".join(entry.get("command") or []))
     if not rows:
         return [Text("No record of it: the run was made before such records were kept.")]
     table = Table(
@@ -109,12 +114,26 @@ def provenance(folders: list[Path]) -> list[Block]:
     return [table, *([Code("command", commands[-1])] if len(folders) == 1 else [])]
 
 
+def _start(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where and with what a run was started once."""
+    data, packages = entry.get("data") or {}, entry.get("packages") or {}
+    return (
+        str(entry.get("commit") or "unknown")[:12] + ("+" if str(entry.get("commit")).endswith("+") else ""),
+        f"{entry.get('device')}; {entry.get('run')}",
+        f"Python {entry.get('python')}, " + ", ".join(f"{name} {packages[name]}" for name in packages),
+        f"{data.get('data')} {data.get('source', '')}, sha256 {str(data.get('sha256', 'unknown'))[:12]}",
+    )
+
+
 def _metrics(folder: Path, rows: list[dict[str, str]]) -> list[Block]:
     """The last value of every metric, and what the test said."""
     last = {name: row[name] for row in rows for name in row if row[name]}
-    tested = (read_json(folder / TEST) or {}).get("metrics", {})
     cells = [(name, f"{float(value):.5g}") for name, value in last.items()]
-    cells += [(name, "not finite" if value is None else f"{value:.5g}") for name, value in tested.items()]
+    tested = read_json(folder / TEST)
+    if tested is not None:
+        with reading(folder / TEST):
+            tests = tested["metrics"].items()
+            cells += [(name, "not finite" if value is None else f"{value:.5g}") for name, value in tests]
     return [Table(("metric", "last value"), cells)] if cells else [Text("Nothing was measured yet.")]
 
 
@@ -151,10 +170,16 @@ def _rows(path: Path) -> list[dict[str, str]]:
     """Whole rows: a run under way may just be writing one."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if row.get("step") and None not in row.values()]
+    with reading(path):
+        rows = list(csv.DictReader(read_text(path).splitlines()))
+        whole = [row for row in rows if row.get("step") and None not in row.values()]
+        for row in whole:
+            for cell in filter(None, row.values()):
+                float(cell)
+        return whole
 
 
-def _step(path: Path) -> str:
-    return f"{int(path.stem.rpartition('-step')[2]):,}"
+def _step(path: Path) -> int | None:
+    """The step in the name of a picture or a sample, None where it has none."""
+    found = re.search(r"-step([0-9]+)$", path.stem)
+    return None if found is None else int(found[1])
