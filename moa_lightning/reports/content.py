@@ -65,5 +65,5 @@ class Report:
 
 
 def ratio_cell(ratio: Ratio) -> str:
-    """A ratio in a table: 1.2 [1.1, 1.3], or a bound, or unknown."""
-    return f"{ratio.ratio}" if isnan(ratio.low) else f"{ratio.ratio} [{ratio.low:.2f}, {ratio.high:.2f}]"
+    """A ratio in a table: 1.20 [1.10, 1.30], or a bound, or unknown."""
+    return f"{ratio.ratio}" if isnan(ratio.low) else f"{ratio.ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"

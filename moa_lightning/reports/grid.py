@@ -7,12 +7,12 @@ from ..experiments.convergence import final_by_seed, speed_ups
 from ..experiments.grid import Grid, GridTask, Run
 from ..experiments.plots import axes_figure, read_traces, svg
 from ..experiments.power import MOST_SEEDS
-from ..experiments.progress import duration
 from ..experiments.schedule import Schedule
 from ..experiments.state import Result, State, read_result, survey
 from ..experiments.statistics import SPEED_RUN_SD, SPEED_RUN_STEP, speed_run
 from ..experiments.table import Row, by_title, headings, make_rows, note
 from .content import Block, Code, Picture, Report, Section, Table, Text, ratio_cell
+from .costs import costs
 from .mixes import grid_mixes
 from .rates import tuned_values
 from .run import MIXES, pictures, provenance, samples
@@ -40,7 +40,7 @@ def grid_report(schedule: Schedule) -> Report:
         sections += [Section(f"{task.name}: what the mix learned", mixes)] if mixes else []
     sections += [
         *scaling_sections(grid, results),
-        Section("Cost", [_cost(grid, results)]),
+        Section("Cost", costs(grid, results)),
         Section("Configuration", _configs(grid)),
         Section("Where it ran", provenance([run.folder for run in results])),
     ]
@@ -169,19 +169,6 @@ def _mixes(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:
     ours = [run for run in finals if run.task == task.name]
     folders = {v.name: [run.folder for run in ours if run.variant == v.name] for v in grid.variants}
     return [*grid_mixes(folders), *_shown(task, finals, MIXES)]
-
-
-def _cost(grid: Grid, results: Mapping[Run, Result]) -> Table:
-    """What all runs of a kind have taken."""
-    lines = []
-    for task in grid.tasks:
-        for kind, tuning in (("tuning", True), ("final", False)):
-            found = [r for run, r in results.items() if run.task == task.name and bool(run.setting) == tuning]
-            if found:
-                seconds = sum(result.seconds for result in found if not math.isnan(result.seconds))
-                diverged = sum(result.diverged for result in found)
-                lines.append([task.name, kind, str(len(found)), str(diverged), duration(seconds)])
-    return Table(("task", "runs", "finished", "diverged", "training time"), lines)
 
 
 def _configs(grid: Grid) -> list[Block]:
