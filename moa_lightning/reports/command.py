@@ -1,7 +1,10 @@
 """`moa report RUN_OR_GRID`: one page about a run or a grid, as HTML and as Markdown."""
 
+from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..parser import Parser
@@ -21,8 +24,16 @@ def report_command(argv: list[str]) -> int:
     )
     parser.add_argument("what", metavar="RUN_OR_GRID", help="the folder of a run, or a grid's folder or file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report, instead of that of the run")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="allow a module that the grid imports by an override, where a size has to be measured",
+    )
     options = parser.parse_args(argv)
-    report, folder = make_report(Path(options.what))
+    report, folder = make_report(Path(options.what), options.modules)
     folder = options.out or folder
     folder.mkdir(parents=True, exist_ok=True)
     for path in write_report(report, folder):
@@ -30,11 +41,14 @@ def report_command(argv: list[str]) -> int:
     return 0
 
 
-def make_report(what: Path) -> tuple[Report, Path]:
+def make_report(what: Path, modules: Collection[str] = ()) -> tuple[Report, Path]:
     """The report of a run's folder, or of a grid's folder or file, and the folder where it goes.
 
+    Args:
+        modules: the user's own that may be imported, to measure nets whose size a budget needs and no run has left.
+
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or no finished run of the grid was made with its present configuration.
     """
     from ..configs import resolve_config
     from ..experiments.grid_file import load_grid
@@ -52,7 +66,17 @@ def make_report(what: Path) -> tuple[Report, Path]:
         grid = replace(grid, seeds=kept_seeds(what) or grid.seeds)
     elif not grid.out.is_dir():
         raise UserError(f"{grid.out} does not exist yet; run moa ablate {what} first")
-    return grid_report(make_schedule(grid)), grid.out
+    named = grid.modules | ({grid.tuning.overrides.get("import")} if grid.tuning is not None else set())
+    refused = sorted(module for module in named if module is not None and module not in modules)
+    schedule = make_schedule(grid, partial(_refuse, what, refused[0])) if refused else make_schedule(grid)
+    return grid_report(schedule), grid.out
+
+
+def _refuse(what: Path, module: str, arguments: list[str]) -> Any:
+    raise UserError(
+        f"{what}: to measure a net of this grid, '{module}' would be imported, which runs its code; if you trust it, "
+        f"add --import {module}"
+    )
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 
+from ..errors import UserError
 from ..experiments.convergence import final_by_seed, speed_ups
 from ..experiments.grid import Grid, GridTask, Run
 from ..experiments.plots import axes_figure, read_traces, svg
 from ..experiments.power import MOST_SEEDS
 from ..experiments.schedule import Schedule
-from ..experiments.state import Result, State, read_result, survey
+from ..experiments.state import Result, State, differences, read_result, survey
 from ..experiments.statistics import SPEED_RUN_SD, SPEED_RUN_STEP, speed_run
 from ..experiments.table import Row, by_title, headings, make_rows, note
 from .content import Block, Code, Picture, Report, Section, Table, Text, ratio_cell
@@ -20,11 +21,22 @@ from .scaling import scaling_sections
 
 
 def grid_report(schedule: Schedule) -> Report:
-    """The report of a grid as far as it has come."""
+    """The report of a grid as far as it has come.
+
+    Raises:
+        UserError: a file of a run is damaged, or all that has finished was made with another configuration.
+    """
     grid = schedule.grid
     states = survey(schedule.runs(), allow_changed=True)
-    changed = sum(where is State.CHANGED for where in states.values())
+    others = [run for run, where in states.items() if where is State.CHANGED]
+    changed = len(others)
     results = {run: read_result(run) for run, where in states.items() if where is State.FINISHED}
+    if others and not results:
+        raise UserError(
+            f"{grid.out} has no finished run of this configuration: {changed} were made with another one (first: "
+            f"{others[0].folder}, different in {', '.join(differences(others[0]))}); bring back the config files and "
+            "options that they were made with, or repeat them with moa ablate --restart-changed"
+        )
     finals = [run for run, result in results.items() if run.setting is None and not result.diverged]
     rows = make_rows(schedule, results)
     sections = [Section("Answer", [*_answer(grid, rows), *_plans(schedule)])]

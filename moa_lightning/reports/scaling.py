@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ..experiments.grid import Grid, GridTask, Run
 from ..experiments.plots import COLOURS, svg
-from ..experiments.scaling import LEAST_SIZES, ScalingFit, fit_scaling, multipliers
+from ..experiments.scaling import LEAST_SIZES, Interval, ScalingFit, fit_scaling, multipliers
 from ..experiments.state import Result
 from .content import Block, Picture, Section, Table, Text
 
@@ -64,10 +64,9 @@ def _blocks(grid: Grid, base: str, metric: str, losses: Losses, sizes: str) -> l
     }
     fits = {variant: fit_scaling(found) for variant, found in finite.items()}
     lines = [
-        [variant, *(f"{v.value:.4g} [{v.low:.4g}, {v.high:.4g}]" for v in (fit.floor, fit.exponent)), f"{fit.sd:.2g}",
-         "; ".join(fit.warnings)]
+        [variant, *map(_interval, (fit.floor, fit.scale, fit.exponent)), f"{fit.sd:.2g}", "; ".join(fit.warnings)]
         for variant, fit in fits.items()
-    ]  # fmt: skip
+    ]
     blocks: list[Block] = [
         Picture(
             f"{base}-scaling",
@@ -76,7 +75,7 @@ def _blocks(grid: Grid, base: str, metric: str, losses: Losses, sizes: str) -> l
             f"{base}: {metric} against size, fitted",
         ),
         Table(
-            ("variant", "floor E", "exponent a", "sd of residuals", ""),
+            ("variant", "floor E", "scale A", "exponent a", "sd of residuals", ""),
             lines,
             f"E + A·N^-a with N the {sizes}; 95 % bootstrap intervals over sizes and seeds.",
         ),
@@ -93,6 +92,10 @@ def _blocks(grid: Grid, base: str, metric: str, losses: Losses, sizes: str) -> l
     note = "How many times the size the baseline needs, by its fit, for the variant's loss at this size."
     titles = ("variant", "baseline", sizes, "multiplier", "beyond the sizes measured")
     return [*blocks, Table(titles, rows, note)] if rows else blocks
+
+
+def _interval(found: Interval) -> str:
+    return f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
 
 
 def _figure(metric: str, losses: Losses, fits: Mapping[str, ScalingFit], unit: str) -> Figure:

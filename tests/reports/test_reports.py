@@ -147,6 +147,36 @@ def test_a_report_has_the_seeds_and_the_files_of_the_command(
     assert lead.endswith("6 runs were made with another configuration and are left out.")
 
 
+def test_a_good_report_is_not_replaced_by_one_of_nothing(
+    ablate: Ablate, make_grid: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert ablate(make_grid()).status == 0
+    before = (tmp_path / "out/report.md").read_text()
+    (tmp_path / "task.yaml").write_text("other: 1\n")  # all runs have it
+    with pytest.raises(UserError, match=r"18 were made with another one \(first: .*seed0, different in .*task.yaml\)"):
+        report_command([str(tmp_path / "out")])
+    assert (tmp_path / "out/report.md").read_text() == before
+
+
+@pytest.mark.parametrize("place", ["overrides", "tune"])
+def test_a_report_imports_no_module_that_was_not_named(
+    make_grid: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A budget of a net that nobody has measured: measuring it would run the module."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    tune = {"seeds": [100], "options": {"rate": [1, 2]}, "overrides": {"import": "mine"}}
+    entries = {"overrides": {"import": "mine"}} if place == "overrides" else {"overrides": {}, "tune": tune}
+    path = make_grid(budget={"tokens": 1e6}, **entries)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"'mine' would be imported, which runs its code; .* add --import mine"):
+        report_command([str(path)])
+    assert not (tmp_path / "imported").exists()
+    with pytest.raises(UserError):  # no net that could be measured
+        report_command([str(path), "--import", "mine"])
+    assert (tmp_path / "imported").exists()
+
+
 def test_a_target_is_judged_by_the_speed_run_rule(
     ablate: Ablate, make_grid: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -186,6 +216,9 @@ def test_fits_along_budgets_and_apart_for_other_axes() -> None:
     for section, floor in zip(sections, (2.0, 1.0), strict=True):
         table = next(block for block in section.blocks if isinstance(block, Table))
         assert float(table.rows[0][1].split()[0]) == pytest.approx(floor, abs=0.1)
+        scale, low, high = (float(word.strip("[],")) for word in table.rows[0][2].split())
+        assert scale == pytest.approx(30, rel=0.1)
+        assert low < scale < high
 
 
 @pytest.mark.parametrize("diverge", ["", "true"], ids=["a value of 0", "all diverged"])
