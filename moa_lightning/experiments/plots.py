@@ -156,7 +156,8 @@ def _look(order: Sequence[str], variant: str) -> tuple[str, object]:
 def _draw(axes: Axes, curve: Band, colour: str, dash: object, label: str = "") -> None:
     axes.margins(x=0.02)
     axes.plot(curve.x, curve.mean, color=colour, linestyle=dash, linewidth=1.6, label=label)
-    axes.plot(curve.x[-1:], curve.mean[-1:], color=colour, marker="o", markersize=4)
+    if curve.whole:  # elsewhere the line ends where the first seed did, above the final value in the legend
+        axes.plot(curve.x[-1:], curve.mean[-1:], color=colour, marker="o", markersize=4)
     axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.12, linewidth=0)
 
 

@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student
 
 from moa_lightning.errors import UserError
-
-from .statistics import CONFIDENCE
 
 AXES = ("steps", "samples", "tokens", "flops", "seconds")
 _COLUMNS = {"steps": "step"}  # names in metrics.csv, where they differ
@@ -71,8 +68,8 @@ class Band:
     mean: np.ndarray
     low: np.ndarray  # the lowest seed
     high: np.ndarray  # the highest seed
-    half_width: np.ndarray  # of the t interval of the mean, each point on its own; NaN for one seed
     seeds: int
+    whole: bool  # it goes to the last point of every seed
 
 
 def have_range(traces: Mapping[int, Trace], axis: str) -> bool:
@@ -81,7 +78,7 @@ def have_range(traces: Mapping[int, Trace], axis: str) -> bool:
     return max(x[0] for x in xs) <= min(x[-1] for x in xs)
 
 
-def band(traces: Mapping[int, Trace], axis: str, points: int = 200, confidence: float = CONFIDENCE) -> Band:
+def band(traces: Mapping[int, Trace], axis: str, points: int = 200) -> Band:
     """Join seeds where all of them have been.
 
     Where every seed was measured at the same counts, as on the axis of steps, these are the points. Elsewhere (seconds
@@ -103,9 +100,5 @@ def band(traces: Mapping[int, Trace], axis: str, points: int = 200, confidence: 
     else:
         x = np.linspace(start, end, points)
         values = np.stack([np.interp(x, own, trace.values) for own, trace in zip(xs, traces.values(), strict=True)])
-    n = len(values)
-    half = np.full(len(x), math.nan)
-    if n > 1:
-        with np.errstate(invalid="ignore"):  # a seed that is infinite
-            half = student.ppf((1 + confidence) / 2, n - 1) * values.std(0, ddof=1) / math.sqrt(n)
-    return Band(axis, x, values.mean(0), values.min(0), values.max(0), half, n)
+    whole = all(own[-1] == end for own in xs)
+    return Band(axis, x, values.mean(0), values.min(0), values.max(0), len(values), whole)

@@ -1,18 +1,13 @@
 """The report of a grid, also while it goes on: answer, convergence, learning rates, scaling, pictures, costs."""
 
-import math
-from collections.abc import Mapping
-
 from ..errors import UserError
-from ..experiments.convergence import final_by_seed, speed_ups
 from ..experiments.grid import Grid, GridTask, Run
-from ..experiments.plots import axes_figure, read_traces, svg
 from ..experiments.power import MOST_SEEDS
 from ..experiments.schedule import Schedule
-from ..experiments.state import Result, State, differences, read_result, survey
-from ..experiments.statistics import SPEED_RUN_SD, SPEED_RUN_STEP, speed_run
+from ..experiments.state import State, differences, read_result, survey
 from ..experiments.table import Row, by_title, headings, make_rows, note
-from .content import Block, Code, Picture, Report, Section, Table, Text, ratio_cell
+from .content import Block, Code, Picture, Report, Section, Table, Text
+from .convergence import convergence, target
 from .costs import costs
 from .mixes import grid_mixes
 from .rates import tuned_values
@@ -42,8 +37,8 @@ def grid_report(schedule: Schedule) -> Report:
     sections = [Section("Answer", [*_answer(grid, rows), *_plans(schedule)])]
     for task in grid.tasks:
         blocks = [
-            *_target(grid, task, results),
-            *_convergence(grid, task, finals),
+            *target(grid, task, results),
+            *convergence(grid, task, results),
             *tuned_values(schedule, task, results),
             *_shown(task, finals),
         ]
@@ -101,67 +96,6 @@ def _plans(schedule: Schedule) -> list[Block]:
         "the pilot's paired differences."
     )
     return [Table(("task", "effect", "sd of a difference", "seeds asked for", "seeds", ""), lines, note)]
-
-
-def _target(grid: Grid, task: GridTask, results: Mapping[Run, Result]) -> list[Block]:
-    """Whether each variant's runs have reached the task's target, by modded-nanogpt's rules."""
-    if task.target is None:
-        return []
-    lines = []
-    for variant in grid.variants_of(task):
-        mine = [
-            r for run, r in results.items() if (run.task, run.variant, run.setting) == (task.name, variant.name, None)
-        ]
-        values = [result.metrics[task.final_metric] for result in mine]
-        if not values or not all(map(math.isfinite, values)):
-            lines.append([variant.name, str(len(values)), "", "", "", "a run diverged" if values else "no run yet"])
-            continue
-        found = speed_run(values, task.target, task.mode, task.target_sd or SPEED_RUN_SD)
-        words = "reached" if found.passed else "not shown"
-        if found.observed_sd > found.sd:
-            words += ", but the runs' own sd is larger than the assumed one"
-        p = "" if math.isnan(found.t_p) else f"{found.t_p:.2g}"
-        lines.append([variant.name, str(found.n), f"{found.mean:.5g}", f"{found.margin:.3g}", p, words])
-    sd = task.target_sd or SPEED_RUN_SD
-    note = (
-        f"modded-nanogpt's rule: (target - mean) · sqrt(n) of at least {SPEED_RUN_STEP / SPEED_RUN_SD * sd:.3g}, for a "
-        f"standard deviation of one run of {sd:g} that is assumed; p: of a one-sided t-test, which assumes none (its "
-        "wall-clock rule asks for 0.01)."
-    )
-    title = Text(f"{task.final_metric} {'≤' if task.mode == 'min' else '≥'} {task.target:g}")
-    return [title, Table(("variant", "runs", "mean", "margin", "p", ""), lines, note)]
-
-
-def _convergence(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:
-    """Curves on all axes, and how much of each a variant needs to come to its baseline's end."""
-    traces = read_traces(task, finals)
-    if not traces:
-        return []
-    order = [variant.name for variant in grid.variants]
-    caption = (
-        f"{task.name}: {task.metric} on the validation split against each axis that the runs counted; "
-        "mean over seeds, band from the lowest to the highest"
-    )
-    blocks: list[Block] = [Picture(f"{task.name}-convergence", svg(axes_figure(task, traces, order)), "svg", caption)]
-    lines, times, axes = [], [], []
-    for variant in grid.variants:
-        other = grid.against(variant)
-        if variant.name == other or variant.name not in traces or other not in traces:
-            continue
-        found = speed_ups(traces[variant.name], traces[other], task.mode, final_by_seed(traces[other]))
-        axes = list(found)
-        times.append([variant.name, other, *(f"{each.time} / {each.baseline_time}" for each in found.values())])
-        lines.append([variant.name, other, *(ratio_cell(each.speed_up) for each in found.values())])
-        lines[-1].append(f"{next(iter(found.values())).reached} of {next(iter(found.values())).seeds}")
-    if lines:
-        note = (
-            "How many times less a variant needs to reach the final value of its baseline's run with the same seed: "
-            "above 1 it is faster; with 95 % t interval over seeds. Seeds that never reach it make it a bound."
-        )
-        blocks.append(Table(("variant", "baseline", *axes, "seeds that reach it"), lines, note))
-        note = "What both needed on average to get there, variant / baseline, in units of each axis."
-        blocks.append(Table(("variant", "baseline", *axes), times, note))
-    return blocks
 
 
 def _shown(task: GridTask, finals: list[Run], about: str = "") -> list[Block]:

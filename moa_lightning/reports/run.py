@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .. import environment
 from ..errors import UserError
-from ..experiments.plots import svg
+from ..experiments.plots import AXIS_LABELS, svg
 from ..experiments.progress import duration
 from ..run_folder import CONFIG, RESULT, TEST, read_json
 from .content import Block, Code, Picture, Report, Section, Table, Text
@@ -20,6 +21,7 @@ from .files import read_text, reading
 from .mixes import run_mixes
 
 COUNTERS = ("step", "samples", "tokens", "flops", "seconds")
+LOSS = "train/loss"
 PANELS = 3  # in a row
 MIXES = "mixing-"  # begins the names of pictures and samples about mixes
 PICTURES = 6  # shown of a run, the latest of each kind
@@ -138,7 +140,8 @@ def _metrics(folder: Path, rows: list[dict[str, str]]) -> list[Block]:
 
 
 def _curves(rows: list[dict[str, str]]) -> list[Block]:
-    """Every logged metric against steps, train/ and val/ of one name in one panel."""
+    """Every logged metric against steps, train/ and val/ of one name in one panel; then those that a comparison may be
+    about against everything else that the run has counted."""
     names = [name for name in (rows[0] if rows else {}) if name not in COUNTERS]
     panels = list(dict.fromkeys(_panel(name) for name in names))
     if not panels:
@@ -149,16 +152,44 @@ def _curves(rows: list[dict[str, str]]) -> list[Block]:
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     for axes, panel in zip(all_axes, panels, strict=False):
-        for name in (name for name in names if _panel(name) == panel):
-            points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
-            marker = "." if len(points) < 40 else ""
-            axes.plot(*zip(*points, strict=True), marker=marker, linewidth=1.2, label=name.partition("/")[0])
+        _draw(axes, rows, [name for name in names if _panel(name) == panel], "step")
         axes.set_title(panel, fontsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.grid(color="#DDDDDD", linewidth=0.6)
-        if len(axes.get_lines()) > 1:
-            axes.legend(frameon=False, fontsize=8)
-    return [Picture("curves", svg(figure), "svg", "All logged metrics against optimiser steps")]
+    blocks: list[Block] = [Picture("curves", svg(figure), "svg", "All logged metrics against optimiser steps")]
+    return [*blocks, *_further_curves(rows, [name for name in names if name == LOSS or name.startswith("val/")])]
+
+
+def _further_curves(rows: list[dict[str, str]], names: list[str]) -> list[Block]:
+    """A row of panels a metric, a column for each of samples or tokens, FLOPs and seconds that was counted."""
+    counted = [name for name in COUNTERS[1:] if len({row[name] for row in rows if row.get(name)}) > 1]
+    counted = [name for name in counted if name != "samples" or "tokens" not in counted]
+    panels = list(dict.fromkeys(_panel(name) for name in names))
+    if not counted or not panels:
+        return []
+    figure = Figure(figsize=(4 * len(counted), 2.7 * len(panels)), layout="constrained")
+    for line, panel in zip(
+        figure.subplots(len(panels), len(counted), squeeze=False, sharey="row"), panels, strict=True
+    ):
+        for axes, axis in zip(line, counted, strict=True):
+            _draw(axes, rows, [name for name in names if _panel(name) == panel], axis)
+            axes.set_xlabel(AXIS_LABELS[axis], fontsize=9)
+        line[0].set_title(panel, fontsize=10)
+    labels = [AXIS_LABELS[axis] for axis in counted]
+    listed = " and ".join([*([", ".join(labels[:-1])] if labels[1:] else []), labels[-1]])
+    caption = f"Losses and validation metrics against {listed} of training"
+    return [Picture("curves-on-other-axes", svg(figure), "svg", caption)]
+
+
+def _draw(axes: Axes, rows: list[dict[str, str]], names: list[str], axis: str) -> None:
+    for name in names:
+        points = [(float(row[axis]), float(row[name])) for row in rows if row.get(name) and row.get(axis)]
+        marker = "." if len(points) < 40 else ""
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], marker=marker, linewidth=1.2, label=name.partition("/")[0]
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    if len(axes.get_lines()) > 1:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _panel(name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Seeds
+from moa_lightning.experiments.grid import Grid, GridTask, GridVariant, Run, Seeds
 from moa_lightning.experiments.plots import axes_figure, draw_convergence, rates_figure, read_traces, svg
 
 HEADER = "step,samples,tokens,seconds,train/loss,val/loss\n"
@@ -51,6 +51,28 @@ def test_single_points_have_no_common_time(tmp_path: Path) -> None:
     drawing = svg(axes_figure(task, read_traces(task, runs), ["v"])).decode()
     assert "<!-- samples -->" in drawing
     assert "<!-- seconds -->" not in drawing
+
+
+def test_a_dot_marks_a_final_value_only(tmp_path: Path) -> None:
+    """Seeds end at different seconds: the line stops where the first one does, which is no end of the others."""
+    task = GridTask("language", (), "val/loss", "min")
+    grid = Grid("g", tmp_path, Seeds((0, 1), 2), "v", (task,), (GridVariant("v", ()),), {}, 1)
+    runs = [grid.run(task, grid.variants[0], seed, {}) for seed in (0, 1)]
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        rows = [f"{step},8,,{step * (1 + run.seed)},,{3 - step}\n" for step in (1, 2)]
+        (run.folder / "metrics.csv").write_text(HEADER + "".join(rows))
+
+    def dots(seeds: list[Run]) -> dict[str, int]:
+        panels = axes_figure(task, read_traces(task, seeds), ["v"]).axes
+        return {
+            axes.get_xlabel(): sum(line.get_marker() == "o" for line in axes.get_lines())
+            for axes in panels
+            if axes.get_visible()
+        }
+
+    assert dots(runs) == {"steps": 1, "samples": 1, "seconds": 0}
+    assert dots(runs[:1])["seconds"] == 1
 
 
 def test_rates_mark_diverged_runs() -> None:

@@ -39,6 +39,21 @@ def test_the_run_is_reported_on_while_its_files_are_whole(run: Path) -> None:
     assert {section.title for section in report.sections} >= {"Curves", "What the mix learned", "Where it ran"}
 
 
+def test_curves_stand_against_everything_that_was_counted(run: Path) -> None:
+    def captions() -> list[str]:
+        blocks = [block for section in make_report(run)[0].sections for block in section.blocks]
+        return [block.caption for block in blocks if isinstance(block, Picture)]
+
+    assert captions() == [
+        "All logged metrics against optimiser steps",
+        "Losses and validation metrics against samples, FLOPs and seconds of training",
+    ]
+    (run / "metrics.csv").write_text("step,samples,tokens,flops,seconds,val/loss\n5,4,40,,1,0.9\n6,8,80,,2,0.8\n")
+    assert captions()[1] == "Losses and validation metrics against tokens and seconds of training", "not samples too"
+    (run / "metrics.csv").write_text("step,samples,tokens,flops,seconds,val/loss\n5,4,40,5,1,0.9\n")
+    assert len(captions()) == 1, "a single point is no curve"
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

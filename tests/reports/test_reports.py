@@ -188,6 +188,18 @@ def test_a_target_is_judged_by_the_speed_run_rule(
     ends = {line.split(" | ")[0].lstrip("| "): line.split(" | ")[-1].rstrip(" |") for line in lines[begin : begin + 8]}
     assert ends["gelu"] == "not shown"
     assert ends["la"].startswith("reached")
+    page = "\n".join(lines)
+    assert "What a variant needed until val/loss first came to 0.55, mean over its runs that did not diverge" in page
+    needed = [line.strip("| ").split(" | ") for line in lines if line.endswith(" of 3 |")]
+    gelu = next(cells for cells in needed if cells[0] == "gelu")
+    assert gelu == ["gelu", "at least 6", "at least 48", "at least 3", "0 of 3"], "steps, samples, seconds"
+    (la,) = (cells for cells in needed if cells[0] == "la" and len(cells) == 5)
+    assert la[-1] == "3 of 3"
+    assert 4 < float(la[1]) < 6, "between the validations at step 4 and 6"
+    assert float(la[3]) == pytest.approx(float(la[1]) / 2, rel=0.01), "half a second a step"
+    tested = {"language": {**task, "target": 0.55, "test_metric": "test/loss"}}
+    assert ablate(make_grid(tasks=tested, out=str(tmp_path / "tested"))).status == 0
+    assert "No time to the target: test/loss is measured once" in (tmp_path / "tested/report.md").read_text()
     assert "at least 0.0615, for a standard deviation of one run of 0.02" in " ".join(lines)
     with pytest.raises(UserError, match="task t has target 'soon'; give a value of val/loss"):
         load_grid(make_grid(tasks={"t": {**task, "target": "soon"}}), Path)
