@@ -49,7 +49,7 @@ def make_grid(tmp_path: Path) -> Callable[..., Path]:
             "out": str(tmp_path / "out"),
             "seeds": [0, 1, 2],
             "baseline": "gelu",
-            "tasks": {"language": task, "mae": {**task, "config": [str(tmp_path / "other.yaml")]}},
+            "tasks": {"language": task, "mae": {**task, "config": [*task["config"], str(tmp_path / "other.yaml")]}},
             "variants": {name: {"config": [str(tmp_path / f"{name}.yaml")]} for name in ("gelu", "la", "moa")},
             "overrides": {"steps": 6, "step_seconds": 0.01, "journal": str(tmp_path / "journal.txt")},
             "jobs": 2,
