@@ -7,6 +7,7 @@ built up to the first step. Runs that differ from another one in numbers alone a
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from moa_lightning import lightning_cli
 from moa_lightning.cli import main
 from moa_lightning.configs import resolve_config
-from moa_lightning.experiments.grid import Run
+from moa_lightning.experiments.grid import GridTest, Run
 from moa_lightning.experiments.grid_file import load_grid
 from moa_lightning.experiments.schedule import Schedule
 from moa_lightning.experiments.sizes import Size
@@ -56,10 +57,19 @@ def runs_of(path: Path) -> Iterator[Run]:
     grid = load_grid(path, resolve_config)
     schedule = Schedule(grid, measure=lambda *_: SIZE, value=lambda run: 0.0)
     for task in grid.tasks:
-        finals = [schedule.final_run(task, variant, grid.seeds.pilot[0]) for variant in grid.variants]
-        yield from (run for run in finals if run is not None)
+        finals = [schedule.final_run(task, variant, grid.seeds.pilot[0]) for variant in grid.variants_of(task)]
+        for run in finals:
+            if run is not None:
+                yield run
+                yield from (with_options(run, test) for test in run.tests)
     seed = grid.tuning.seeds[0] if grid.tuning else None
     yield from (run for run in schedule.tuning_runs() if run.seed == seed)
+
+
+def with_options(run: Run, test: GridTest) -> Run:
+    """The run with the configs and options of one of its tests, as if it were trained with them."""
+    options = dict(run.options) | dict(test.options)
+    return replace(run, configs=run.configs + test.configs, options=tuple(options.items()))
 
 
 def unlike_runs(paths: Sequence[Path]) -> dict[Path, list[Run]]:
@@ -105,6 +115,7 @@ def test_every_run_of_a_grid_can_begin(mistake: Mistake, path: str) -> None:
         ("controls", "model.ffn.start_from: ", "model.ffn.start_form: "),  # of the last two variants
         ("tickets", "pruning.shuffle: ", "pruning.shufle: "),
         ("tickets", "pruning.sparsity: 0.9", "pruning.sparsity: 90%"),
+        ("tickets", "data.corruption: shift", "data.corruptoin: shift"),  # of a test
         ("joint", "model.tie: [ffn]", "model.tie: [fnn]"),
         ("finetune_experts", "model.moe.router: ", "model.moe.routers: "),
         ("cross_domain", "{model.optimizer.lr: [0.0005,", "{model.optimizer.rl: [0.0005,"),  # tuned, of the last task
