@@ -321,6 +321,7 @@ class Grid:
         """Modules that the runs import by an override."""
         options = [self.overrides, *(task.overrides for task in self.tasks), *(v.overrides for v in self.variants)]
         options += [dict(test.options) for task in self.tasks for test in task.tests]
+        options += [] if self.tuning is None else [self.tuning.overrides]
         return {part["import"] for part in options if "import" in part}
 
     @property

@@ -246,6 +246,12 @@ def test_commands_of_the_tests_of_a_task(make_grid: MakeGrid, tmp_path: Path) ->
     assert {test for run in tuned for test in run.tests} == set()
 
 
+def test_a_module_that_only_tuning_imports_needs_leave_too(make_grid: MakeGrid) -> None:
+    tune = {"seeds": [9], "options": {"rate": [1, 2]}, "overrides": {"import": "mine"}}
+    with pytest.raises(UserError, match="imports 'mine', which runs its code"):
+        ablate_command([str(make_grid(tune=tune)), "--dry-run"], find)
+
+
 def test_a_module_that_only_a_test_imports_needs_leave_too(make_grid: MakeGrid, tmp_path: Path) -> None:
     task = {"config": str(tmp_path / "task.yaml"), "metric": "m", "mode": "min", "test_metric": "m"}
     task["tests"] = {"fog": {"overrides": {"import": "mine"}}}
