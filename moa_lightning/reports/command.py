@@ -66,8 +66,7 @@ def make_report(what: Path, modules: Collection[str] = ()) -> tuple[Report, Path
         grid = replace(grid, seeds=kept_seeds(what) or grid.seeds)
     elif not grid.out.is_dir():
         raise UserError(f"{grid.out} does not exist yet; run moa ablate {what} first")
-    named = grid.modules | ({grid.tuning.overrides.get("import")} if grid.tuning is not None else set())
-    refused = sorted(module for module in named if module is not None and module not in modules)
+    refused = sorted(grid.modules.difference(modules))
     schedule = make_schedule(grid, partial(_refuse, what, refused[0])) if refused else make_schedule(grid)
     return grid_report(schedule), grid.out
 
