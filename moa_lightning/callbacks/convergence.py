@@ -1,10 +1,9 @@
-"""Convergence on every axis that a comparison may ask for: steps, samples, tokens and seconds of training.
+"""Convergence on every axis that a comparison may ask for: steps, samples, tokens, FLOPs and seconds of training.
 
 Lightning draws metrics against steps; this callback counts what a run has consumed and writes train/loss and all val/
-metrics again as `<metric>_vs_samples`, `_vs_tokens` and `_vs_seconds`, with the count as TensorBoard's step. The same
-numbers go to metrics.csv, with the matrix-product FLOPs so far as a further axis, and to result.json when a fit has
-come to its end, for `moa report`. A better curve per step can lose on the clock, so no comparison should have to do
-with one axis.
+metrics again as `<metric>_vs_samples`, `_vs_tokens`, `_vs_megaflops` (10^6 FLOPs of matrix products) and `_vs_seconds`,
+with the count as TensorBoard's step. The same numbers go to metrics.csv, and to result.json when a fit has come to its
+end, for `moa report`. A better curve per step can lose on the clock, so no comparison should have to do with one axis.
 
 The counters travel in the checkpoint; a resumed fit first cuts metrics.csv and the event files back to it.
 """
@@ -146,8 +145,9 @@ class Convergence(L.Callback):
         if writer is None:
             return
         curves = {name: value for name, value in metrics.items() if name == "train/loss" or name.startswith("val/")}
-        axes = {"samples": self.samples, "tokens": self.tokens, "seconds": int(seconds)}  # samples first: files.py
-        for axis, count in axes.items():
+        megaflops = int(self.flops / 1e6)  # TensorBoard's step has 63 bits
+        axes = {"samples": self.samples, "tokens": self.tokens, "megaflops": megaflops, "seconds": int(seconds)}
+        for axis, count in axes.items():  # samples first: files.py
             if curves and count is not None:
                 write_scalars(writer, {f"{name}_vs_{axis}": value for name, value in curves.items()}, count)
 

@@ -17,7 +17,7 @@ from .common import tensorboard_writer
 METRICS = ("val/loss", "val/bits_per_byte", "val/knn_top1", "train/loss", "perf/tokens_per_second", "perf/mfu")
 LAYER = ("mixing", "form", "activation", "branches", "gate", "gates", "init", "base", "match", "hidden_extra")
 FFN = (*LAYER, "attention_gate", "pointwise_norm")
-AXES = ("samples", "tokens", "seconds")
+AXES = ("samples", "tokens", "megaflops", "seconds")
 LAYOUT = {  # page section -> chart -> (kind, regular expressions of tags)
     "Convergence": {
         "loss by step": ("Multiline", [r"^(train|val)/loss$"]),

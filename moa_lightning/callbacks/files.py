@@ -106,7 +106,7 @@ def _is_past(event: Event, step: int, samples: int) -> bool:
     for value in event.summary.value:
         if value.tag.endswith("_vs_samples"):
             return event.step > samples
-        if value.tag.endswith(("_vs_tokens", "_vs_seconds")):
+        if value.tag.endswith(("_vs_tokens", "_vs_megaflops", "_vs_seconds")):
             return False
         return event.step >= step
     return False

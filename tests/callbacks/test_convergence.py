@@ -46,12 +46,13 @@ class FailingTask(ToyTask):
         return super().training_step(batch, batch_idx)
 
 
-def test_metrics_stand_against_samples_tokens_and_seconds(tmp_path, fake_time):
+def test_metrics_stand_against_samples_tokens_flops_and_seconds(tmp_path, fake_time, monkeypatch):
+    monkeypatch.setattr(TimedTask, "flops_per_sample", lambda self: 3e6)
     fit(TimedTask(fake_time), tmp_path / "run", [Convergence()])
     steps = [2, 4, 6, 8, 10]
     losses = [value for _, value in points(tmp_path / "run", "train/loss")]
     assert len(losses) == 5
-    for axis, per_step in (("samples", BATCH), ("tokens", BATCH * TOKENS), ("seconds", 2)):
+    for axis, per_step in (("samples", BATCH), ("tokens", BATCH * TOKENS), ("megaflops", BATCH * 3), ("seconds", 2)):
         assert points(tmp_path / "run", f"train/loss_vs_{axis}") == [
             (step * per_step, loss) for step, loss in zip(steps, losses, strict=True)
         ]

@@ -65,7 +65,7 @@ def test_the_layout_finds_the_scalars_of_a_run(tmp_path):
         for chart in category.chart
     }
     assert found["loss by step"] == {"train/loss", "val/loss"}
-    for axis in ("samples", "tokens", "seconds"):
+    for axis in ("samples", "tokens", "megaflops", "seconds"):
         assert found[f"loss by {axis}"] == {f"train/loss_vs_{axis}", f"val/loss_vs_{axis}"}
     assert found["gate entropy of each layer"] == {f"mixing/block0{i}/up/gate_entropy" for i in (0, 1)}
 

@@ -80,6 +80,7 @@ def event_folder(tmp_path):
     for step in range(1, 7):
         writer.add_scalar("loss_vs_samples", step, step * 4)
         writer.add_scalar("loss_vs_tokens", step, step * 400)
+        writer.add_scalar("loss_vs_megaflops", step, step * 4000)
         writer.add_scalar("loss_vs_seconds", step, step // 3)
         writer.add_scalar("loss", step, step - 1)
     writer.close()
@@ -88,7 +89,7 @@ def event_folder(tmp_path):
 
 def test_events_past_the_checkpoint_are_cut_on_every_axis(event_folder):
     cut_event_files(event_folder, step=4, samples=16)
-    for tag in ("loss", "loss_vs_samples", "loss_vs_tokens", "loss_vs_seconds"):
+    for tag in ("loss", "loss_vs_samples", "loss_vs_tokens", "loss_vs_megaflops", "loss_vs_seconds"):
         assert [event.value for event in events(event_folder).Scalars(tag)] == [1, 2, 3, 4]
 
 
