@@ -28,6 +28,10 @@ WORKER = re.compile(r"Caught UserError in DataLoader worker process.*\n\S*UserEr
 DEAD_WORKER = re.compile(
     r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: \w[\w ]*|exited unexpectedly)"
 )
+DEAD = (
+    "a process that reads data died ({}), most often for lack of memory: lower data.num_workers or data.batch_size, "
+    "and go on with --ckpt_path last"
+)
 HANGING_WORKER = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
 PEER = re.compile(r"Connection (closed|reset) by peer|remote process exited")
 UNLOADABLE = re.compile(r"Error\(s\) in loading state_dict for (\w+):\s*(.*)", re.DOTALL)
@@ -137,10 +141,7 @@ def process_mistake(message: str) -> str | None:
     """The sentence for a data worker that died or hangs, or a process of the run that ended; None for others."""
     dead, hanging = DEAD_WORKER.search(message), HANGING_WORKER.search(message)
     if dead:
-        return (
-            f"a process that reads data died ({dead[1]}), most often for lack of memory: lower data.num_workers or "
-            "data.batch_size, and go on with --ckpt_path last"
-        )
+        return DEAD.format(dead[1])
     if hanging:
         return f"no batch came in {float(hanging[1]):g} seconds: check that the disk with the data answers"
     if PEER.search(message):
@@ -191,6 +192,8 @@ def _sentence(error: Exception, options: list[Option], fragments: list[Fragment]
     known = loading_mistake(message) or process_mistake(message) if isinstance(error, RuntimeError) else None
     if known is not None:
         return known
+    if isinstance(error, OSError | EOFError) and _while_receiving(error):
+        return DEAD.format("exited unexpectedly")
     if isinstance(error, MisconfigurationException):
         return ADVERTISEMENT.sub("", message)
     if _while_loading(error) and "contains only the model" in message:
@@ -202,6 +205,12 @@ def _sentence(error: Exception, options: list[Option], fragments: list[Fragment]
         what = f"{type(error).__name__}: {message[:LONGEST_REASON]}"
         return f"the checkpoint cannot be loaded ({what}); it is damaged or of another program, so give another one"
     return None
+
+
+def _while_receiving(error: Exception) -> bool:
+    """Whether a batch could not be fetched from the process that announced it: it died in between."""
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(name.endswith("resource_sharer.py") for name in frames)
 
 
 def _while_loading(error: Exception) -> bool:

@@ -1,8 +1,11 @@
 """A mistake in the input: one sentence on stderr, exit code 2, nothing left behind, nothing trained."""
 
 import errno
+import multiprocessing
 import os
 import shutil
+import signal
+from multiprocessing.reduction import DupFd, ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from torchvision.io import encode_png
 
 from moa_lightning.cli import main
 from moa_lightning.errors import UserError
-from moa_lightning.mistakes import find_user_error
+from moa_lightning.mistakes import find_user_error, mistakes
 from tests.cli.conftest import MAE, TEXT, VISION, Moa
 
 FIT = f"{MAE} --trainer.max_steps 2 --run_dir run"
@@ -253,6 +256,21 @@ def test_a_module_that_fails_to_import_another_keeps_its_traceback() -> None:
     Path("incomplete.py").write_text("import a_package_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
         main(f"{FIT} --import incomplete".split())
+
+
+def test_a_worker_that_dies_while_its_batch_is_fetched_is_one_sentence() -> None:
+    here, there = multiprocessing.Pipe()
+
+    def announce_and_die() -> None:
+        there.send_bytes(ForkingPickler.dumps(DupFd(0)))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    worker = multiprocessing.get_context("fork").Process(target=announce_and_die)
+    worker.start()
+    worker.join()
+    announced = ForkingPickler.loads(here.recv_bytes())
+    with pytest.raises(UserError, match=r"a process that reads data died \(exited unexpectedly\)"), mistakes([], []):
+        announced.detach()
 
 
 def test_a_mistake_found_by_a_data_worker_is_the_sentence_alone() -> None:
