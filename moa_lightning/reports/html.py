@@ -25,7 +25,7 @@ nav ul { padding: 0; display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; list-st
 a { color: #0058a3; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-th, td { padding: 0.25rem 0.7rem; text-align: left; border-bottom: 1px solid #e2e2e2; white-space: nowrap; }
+th, td { padding: 0.25rem 0.45rem; text-align: left; border-bottom: 1px solid #e2e2e2; white-space: nowrap; }
 th { border-bottom: 2px solid #999; }
 .better { color: #00693e; font-weight: 600; }
 .worse { color: #a80000; font-weight: 600; }
