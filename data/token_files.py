@@ -22,7 +22,7 @@ from data.documents import SPLITS
 from data.faults import BadSample, reading
 from data.shards import Stamp, open_unchanged, stamp_of
 from data.text import TextModule
-from data.token_source import TokenSource, numbered_hashes
+from data.token_source import TokenSource, numbered_hashes, pieces
 from data.token_writer import DESCRIPTION, STARTS, TOKENIZER, token_dtype
 from data.tokenizer import BYTES, CHARACTERS, Tokenizer, open_tokenizer
 from moa_lightning.errors import UserError
@@ -106,13 +106,8 @@ class TokenStream:
         return int(self.starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        number = int(np.searchsorted(self.starts, start, side="right")) - 1
-        pieces = []
-        while start < stop:
-            first, end = int(self.starts[number]), min(stop, int(self.starts[number + 1]))
-            pieces.append(self._piece(self.files[number], start - first, end - first))
-            start, number = end, number + 1
-        return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+        found = [self._piece(self.files[number], low, high) for number, low, high in pieces(self.starts, start, stop)]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def document_starts(self) -> np.ndarray:
         return np.concatenate([first + find_starts(file) for first, file in zip(self.starts, self.files, strict=False)])

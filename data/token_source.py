@@ -8,6 +8,7 @@ and the document's number in it (token files, shards), but independent of that s
 known, as in nanoGPT's and llm.c's files, keeps its beginning. What stays keeps its order.
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +36,19 @@ class TokenSource(Protocol):
 
     def document_hashes(self) -> np.ndarray | None:
         """A hash of each document, uint64; None where documents are not known."""
+
+
+def pieces(starts: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """The parts of a joined text in which start..stop-1 lies: number, and where within the part it begins and ends.
+
+    Args:
+        starts: first token of each part and, last, the end of all, ascending.
+    """
+    number = int(np.searchsorted(starts, start, side="right")) - 1
+    while start < stop:
+        first, end = int(starts[number]), min(stop, int(starts[number + 1]))
+        yield number, start - first, end - first
+        start, number = end, number + 1
 
 
 def mixed(numbers: np.ndarray) -> np.ndarray:
@@ -96,14 +110,9 @@ class PartOfText:
         return int(self.starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        span = int(np.searchsorted(self.starts, start, side="right")) - 1
-        pieces = []
-        while start < stop:
-            end = min(stop, int(self.starts[span + 1]))
-            moved = int(self.begins[span] - self.starts[span])
-            pieces.append(self.source.read(start + moved, end + moved))
-            start, span = end, span + 1
-        return np.concatenate(pieces) if pieces else self.source.read(0, 0)
+        places = ((int(self.begins[span]), low, high) for span, low, high in pieces(self.starts, start, stop))
+        found = [self.source.read(begin + low, begin + high) for begin, low, high in places]
+        return np.concatenate(found) if found else self.source.read(0, 0)
 
     def document_starts(self) -> np.ndarray:
         found = self.source.document_starts()

@@ -19,6 +19,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog=prog, **{"allow_abbrev": False, **options})
 
+    def add_modules(self, why: str) -> None:
+        """--import MODULE, may be repeated, of commands that read a grid; `why` it has to be allowed."""
+        text = f"allow a module that the grid imports by an override, {why}"
+        self.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=text)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; {self.prog} --help lists the options")
 

@@ -79,14 +79,7 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs, instead of the grid's `out`")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time, instead of the grid's `jobs`")
     parser.add_argument("--seeds", metavar="0,1,2", help="seeds, instead of the grid's")
-    parser.add_argument(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="allow a module that the grid imports by an override, as importing it runs its code",
-    )
+    parser.add_modules("as importing it runs its code")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print each run's state and command, train nothing")
     what.add_argument("--table-only", action="store_true", help="train nothing, read the finished runs")

@@ -111,7 +111,6 @@ class GridTask:
     """those that it has; None: all of the grid"""
     judged: bool = True
     """False: its runs are there for other tasks, and nothing is claimed about them"""
-
     tests: tuple[GridTest, ...] = ()
     """measurements that are compared beside `final_metric`"""
 

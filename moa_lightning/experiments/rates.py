@@ -36,8 +36,7 @@ Losses = Mapping[float, Mapping[int, float]]  # rate -> seed -> final loss
 class Sensitivity:
     """How a loss depends on the learning rate, of one seed or of the mean over seeds."""
 
-    best_rate: float  # the measured one of the lowest loss; NaN where all runs diverged
-    best: float  # its loss
+    best: float  # of the losses measured; NaN where all runs diverged
     optimum: Measured  # by the parabola
     lowest: Measured  # ends of the basin, which the optimum lies in
     highest: Measured
@@ -72,11 +71,11 @@ def sensitivity(losses: Mapping[float, float], delta: float, mode: str = "min") 
     values = np.array([sign * losses[rate] for rate in rates.tolist()])
     values = np.where(np.isfinite(values), values, math.inf)
     if np.isinf(values).all():
-        return Sensitivity(math.nan, math.nan, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN)
+        return Sensitivity(math.nan, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN)
     x, at = np.log(rates), int(np.argmin(values))
     optimum, lowest, highest = _basin(x, values, at, delta)
     width = over(highest, lowest)
-    return Sensitivity(float(rates[at]), sign * float(values[at]), optimum, lowest, highest, width)
+    return Sensitivity(sign * float(values[at]), optimum, lowest, highest, width)
 
 
 def _basin(x: np.ndarray, values: np.ndarray, at: int, delta: float) -> tuple[Measured, Measured, Measured]:
@@ -129,9 +128,8 @@ def _edge(x: np.ndarray, values: np.ndarray, here: int, step: int, limit: float)
     if 0 <= before < len(x) and math.isfinite(values[before]):
         three = [before, here, after]
         slope, curvature = _parabola(step * (x[three] - x[here]), values[three] - values[here])
-    root = math.sqrt(
-        max(0.0, slope**2 + 4 * curvature * room)
-    )  # slope · t + curvature · t² = room, once between here and after
+    # slope · t + curvature · t² = room, once between here and after
+    root = math.sqrt(max(0.0, slope**2 + 4 * curvature * room))
     share = 2 * room / (slope + root) if slope > 0 else (root - slope) / (2 * curvature)
     return Measured(math.exp(x[here] + step * share))
 

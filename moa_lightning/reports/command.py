@@ -24,14 +24,7 @@ def report_command(argv: list[str]) -> int:
     )
     parser.add_argument("what", metavar="RUN_OR_GRID", help="the folder of a run, or a grid's folder or file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report, instead of that of the run")
-    parser.add_argument(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="allow a module that the grid imports by an override, where a size has to be measured",
-    )
+    parser.add_modules("where a size has to be measured")
     options = parser.parse_args(argv)
     report, folder = make_report(Path(options.what), options.modules)
     folder = options.out or folder
