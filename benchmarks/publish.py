@@ -2,8 +2,9 @@
 
     python benchmarks/publish.py configs/grids/claims.yaml docs/results/claims.csv
 
-A row a run, from the `runs.csv` that `moa ablate` wrote into the grid's folder: of tuning runs the metric on the
-validation split, of final ones the metric that decides; empty where training diverged.
+From the `runs.csv` that `moa ablate` wrote into the grid's folder: of tuning runs the metric on the validation split,
+of final ones the metric that decides and, in rows of their own, those of the task's tests, as TEST/METRIC; empty where
+training diverged.
 """
 
 import argparse
@@ -27,10 +28,10 @@ def published(grid: Grid, runs: list[dict[str, str]]) -> list[dict[str, str]]:
         if run["state"] != "finished":
             raise SystemExit(f"{run['folder']} has not finished: let moa ablate come to its end first")
         task = tasks[run["task"]]
-        metric = task.metric if run["setting"] else task.final_metric
-        value = "" if run[metric] == "nan" else run[metric]
-        rows.append({**{name: run[name] for name in KEPT}, "metric": metric, "value": value})
-        rows[-1] |= {name: run[name] for name in COSTS}
+        for metric in [task.metric] if run["setting"] else [outcome.column for outcome in task.outcomes]:
+            row = {**{name: run[name] for name in KEPT}, "metric": metric}
+            row["value"] = "" if run[metric] == "nan" else run[metric]
+            rows.append(row | {name: run[name] for name in COSTS})
     return rows
 
 

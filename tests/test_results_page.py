@@ -1,7 +1,8 @@
 """docs/results.md against the published runs: each figure of a table with verdicts is worked out again.
 
 A section is tied to its runs by the link to results/NAME.csv in it, and NAME is the grid, which says what is compared
-with what. Tables have a row for each variant (a column `against`), or for each task (columns such as `LA − GELU`).
+with what. Tables have a row for each variant or interaction (a column `against`), or a row for each task (columns such as
+`LA − GELU`).
 """
 
 import csv
@@ -17,9 +18,9 @@ import pytest
 
 from benchmarks.publish import published
 from moa_lightning.configs import resolve_config
-from moa_lightning.experiments.grid import Grid
+from moa_lightning.experiments.grid import Grid, Outcome
 from moa_lightning.experiments.grid_file import load_grid
-from moa_lightning.experiments.statistics import Judged, compare, judge_family
+from moa_lightning.experiments.statistics import Judged, compare_weighted, judge_family
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -59,42 +60,56 @@ class Study(NamedTuple):
 
     grid: Grid
     finals: Mapping[tuple[str, str], Mapping[int, float]]
-    """task, variant -> seed -> metric"""
+    """place, variant -> seed -> metric, where a place is a task or TASK/TEST"""
     tuned: Mapping[tuple[str, str], str]
     """task, variant -> the setting that was best on the validation split"""
     judged: Mapping[tuple[str, str], Judged]
+    """place, variant or interaction -> what is said of it"""
 
-    def against(self, variant: str) -> str:
-        return next(self.grid.against(each) for each in self.grid.variants if each.name == variant)
+    def against(self, name: str) -> str | None:
+        """The variant that another one is compared with; None: an interaction is compared with nothing."""
+        return next((self.grid.against(each) for each in self.grid.variants if each.name == name), None)
+
+
+def place(task: str, outcome: Outcome) -> str:
+    return f"{task}/{outcome.test}" if outcome.test else task
 
 
 @cache
 def study(name: str) -> Study:
     grid = load_grid(ROOT / f"configs/grids/{name}.yaml", resolve_config)
     tasks = {task.name: task for task in grid.tasks}
+    places = {
+        (task.name, outcome.column): place(task.name, outcome) for task in grid.tasks for outcome in task.outcomes
+    }
     finals: dict[tuple[str, str], dict[int, float]] = {}
     tried: dict[tuple[str, str], dict[str, list[float]]] = {}
     with (ROOT / f"docs/results/{name}.csv").open() as file:
         for row in csv.DictReader(file):
-            key, value = (row["task"], row["variant"]), float(row["value"] or "nan")
+            value = float(row["value"] or "nan")
             if row["setting"]:
-                tried.setdefault(key, {}).setdefault(row["setting"], []).append(value)
+                tried.setdefault((row["task"], row["variant"]), {}).setdefault(row["setting"], []).append(value)
             else:
-                assert row["metric"] == tasks[row["task"]].final_metric, row
+                key = places[row["task"], row["metric"]], row["variant"]
                 assert int(row["seed"]) not in finals.setdefault(key, {}), f"twice: {row}"
                 finals[key][int(row["seed"])] = value
-    assert set(finals) == {(task, variant.name) for task in tasks for variant in grid.variants}
-    pairs = {
-        (task, variant.name): compare(finals[task, variant.name], finals[task, grid.against(variant)], tasks[task].mode)
-        for task in tasks
-        for variant in grid.variants
-        if grid.against(variant) != variant.name
+    assert set(finals) == {
+        (place(task.name, outcome), variant.name)
+        for task in grid.tasks
+        for outcome in task.outcomes
+        for variant in grid.variants_of(task)
     }
+    pairs, modes = {}, {}
+    for claim, weights in grid.family().items():
+        where = place(claim.task, claim.outcome)
+        sides = [(weight, finals[where, variant]) for variant, weight in weights.items()]
+        pairs[where, claim.name] = compare_weighted(sides, claim.outcome.mode)
+        modes[where, claim.name] = claim.outcome.mode
     tuned = {}
     for (task, variant), means in tried.items():
         best = min if tasks[task].mode == "min" else max
         tuned[task, variant] = best(means, key=lambda setting: fmean(means[setting]))
-    return Study(grid, finals, tuned, judge_family(pairs, {key: tasks[key[0]].mode for key in pairs}))
+    return Study(grid, finals, tuned, judge_family(pairs, modes))
 
 
 class Cells(NamedTuple):
@@ -140,11 +155,12 @@ def variant_figures(table: Cells, row: list[str]) -> Iterator[Figure]:
     """Of a row that is a variant: name | mean ± sd | what was tuned | against | difference | p | verdict."""
     found, cells = study(table.csv), dict(zip(table.headings, row, strict=True))
     task, variant = task_name(table.csv, table.headings[0]), variant_name(row[0])
-    yield from spread(row[0], cells["mean ± sd"], found.finals[task, variant])
-    for name in (name for name in TUNED if name in cells):
-        yield row[0], name, cells[name], float(found.tuned[task, variant].partition("=")[2])
     against = found.against(variant)
-    yield row[0], "against", variant_name(cells["against"]) if cells["against"] else variant, against
+    if against is not None:
+        yield from spread(row[0], cells["mean ± sd"], found.finals[task, variant])
+        for name in (name for name in TUNED if name in cells):
+            yield row[0], name, cells[name], float(found.tuned[task, variant].partition("=")[2])
+        yield row[0], "against", variant_name(cells["against"]) if cells["against"] else variant, against
     if against != variant:
         difference = next(text for heading, text in cells.items() if heading.startswith("difference"))
         yield from comparison(row[0], found.judged[task, variant], difference, cells["p"], cells["verdict"])
