@@ -1,7 +1,7 @@
 """docs/results.md against the published runs: each figure of a table with verdicts is worked out again.
 
 A section is tied to its runs by the link to results/NAME.csv in it, and NAME is the grid, which says what is compared
-with what. Tables have a row for each variant or interaction (a column `against`), or a row for each task (columns such as
+with what. Tables have a row for each variant or interaction (a column `against`), or for each task (columns such as
 `LA − GELU`).
 """
 
