@@ -24,6 +24,7 @@ CONFIG, CHECKPOINTS, LAST = "config.yaml", "checkpoints", "last.ckpt"
 TOKENIZER = "tokenizer.json"  # of a run on tokens that are not bytes
 REWIND = "rewind.ckpt"  # of an early step, for winning tickets
 RESULT, TEST, HELD = "result.json", "test.json", "held_gates.json"
+PRUNING = "pruning.json"
 LOCK = ".lock"
 WRITTEN = (  # patterns of what a fit may have put into its folder before its first step is done
     CONFIG,

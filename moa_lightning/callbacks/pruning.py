@@ -29,7 +29,7 @@ from ..pruning import (
     sparsity_of,
     unpacked,
 )
-from ..run_folder import CHECKPOINTS, REWIND, checkpoint_path, given_checkpoint
+from ..run_folder import CHECKPOINTS, PRUNING, REWIND, checkpoint_path, given_checkpoint
 from ..sharded import whole
 from .common import run_folder, tensorboard_step, tensorboard_writer, write_scalars
 from .figures import draw_densities, publish
@@ -167,7 +167,7 @@ class Pruning(L.Callback):
             write_scalars(writer, {f"pruning/density/{name}": value for name, value in densities.items()}, step)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "pruning.json", {**self.made_of, "found": found, "density": densities})
+            write_json(folder / PRUNING, {**self.made_of, "found": found, "density": densities})
             picture = draw_densities(densities, f"{1 - found:.3g} of the weights stay")
             publish(picture, "pruning/density", step, writer, folder / "pruning.png")
 

@@ -1,5 +1,7 @@
 """The report of a grid, also while it goes on: answer, convergence, learning rates, scaling, pictures, costs."""
 
+from pathlib import Path
+
 from ..errors import UserError
 from ..experiments.grid import Grid, GridTask, Run
 from ..experiments.power import MOST_SEEDS
@@ -9,6 +11,7 @@ from ..experiments.table import Row, by_title, headings, make_rows, note
 from .content import Block, Code, Picture, Report, Section, Table, Text
 from .convergence import convergence, target
 from .costs import costs
+from .densities import densities
 from .mixes import grid_mixes
 from .rates import tuned_values
 from .run import MIXES, pictures, provenance, samples
@@ -40,6 +43,7 @@ def grid_report(schedule: Schedule) -> Report:
             *target(grid, task, results),
             *convergence(grid, task, results),
             *tuned_values(schedule, task, results),
+            *densities(_folders(grid, task, finals), f"{task.name}-densities"),
             *_shown(task, finals),
         ]
         mixes = _mixes(grid, task, finals)
@@ -112,9 +116,13 @@ def _shown(task: GridTask, finals: list[Run], about: str = "") -> list[Block]:
 
 def _mixes(grid: Grid, task: GridTask, finals: list[Run]) -> list[Block]:
     """Gates of all variants in a table, then the pictures and examples of each one's first seed."""
+    return [*grid_mixes(_folders(grid, task, finals)), *_shown(task, finals, MIXES)]
+
+
+def _folders(grid: Grid, task: GridTask, finals: list[Run]) -> dict[str, list[Path]]:
+    """variant -> the folders of its finished runs."""
     ours = [run for run in finals if run.task == task.name]
-    folders = {v.name: [run.folder for run in ours if run.variant == v.name] for v in grid.variants}
-    return [*grid_mixes(folders), *_shown(task, finals, MIXES)]
+    return {v.name: [run.folder for run in ours if run.variant == v.name] for v in grid.variants}
 
 
 def _configs(grid: Grid) -> list[Block]:

@@ -17,6 +17,7 @@ from ..experiments.plots import AXIS_LABELS, svg
 from ..experiments.progress import duration
 from ..run_folder import CONFIG, RESULT, TEST, read_json
 from .content import Block, Code, Picture, Report, Section, Table, Text
+from .densities import densities
 from .files import read_text, reading
 from .mixes import run_mixes
 
@@ -48,6 +49,7 @@ def run_report(folder: Path) -> Report:
         Section("Metrics", [*_metrics(folder, rows)]),
         Section("Curves", [*_curves(rows)]),
         Section("What it shows", [*pictures(folder), *samples(folder)]),
+        Section("What pruning left", densities({folder.name: [folder]}, "densities")),
         Section("What the mix learned", run_mixes(folder, pictures(folder, MIXES), samples(folder, MIXES))),
         Section("Configuration", [Code(CONFIG, read_text(folder / CONFIG))]),
         Section("Where it ran", provenance([folder])),

@@ -20,6 +20,7 @@ FILES = {
     "environment.json": json.dumps([{"commit": "abc", "device": "a CPU", "command": ["moa", "fit"]}]),
     "mixing.json": json.dumps({"step": 10, "layers": {"block00/up": LAYER}}),
     "held_gates.json": json.dumps({"trained": {"val/loss": 0.8}, "held": {"val/loss": 0.9}}),
+    "pruning.json": json.dumps({"density": {"net.blocks.0.up.weight": 0.5}}),
     "samples/sample-step000010.txt": "words",
 }
 
@@ -36,13 +37,18 @@ def run(tmp_path: Path) -> Path:
 def test_the_run_is_reported_on_while_its_files_are_whole(run: Path) -> None:
     report, _ = make_report(run)
     assert report.lead == "MAE, 1,000 trained parameters; finished after 0:03 of training, at step 10."
-    assert {section.title for section in report.sections} >= {"Curves", "What the mix learned", "Where it ran"}
+    assert {section.title for section in report.sections} >= {
+        "Curves",
+        "What pruning left",
+        "What the mix learned",
+        "Where it ran",
+    }
 
 
 def test_curves_stand_against_everything_that_was_counted(run: Path) -> None:
     def captions() -> list[str]:
-        blocks = [block for section in make_report(run)[0].sections for block in section.blocks]
-        return [block.caption for block in blocks if isinstance(block, Picture)]
+        curves = next(section for section in make_report(run)[0].sections if section.title == "Curves")
+        return [block.caption for block in curves.blocks if isinstance(block, Picture)]
 
     assert captions() == [
         "All logged metrics against optimiser steps",
@@ -73,6 +79,8 @@ def test_curves_stand_against_everything_that_was_counted(run: Path) -> None:
         ("mixing.json", b'{"step": 1, "layers": {"a": {"entropy": "low", "entropy_by_class": {}}}}'),
         ("held_gates.json", b"{}"),
         ("held_gates.json", b'{"trained": {"val/loss": 1.0}, "held": null}'),
+        ("pruning.json", b"{}"),
+        ("pruning.json", b'{"density": {"a": "half"}}'),
         ("samples/sample-step000010.txt", b"caf\xe9"),
     ],
 )
