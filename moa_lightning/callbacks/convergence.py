@@ -5,9 +5,13 @@ metrics again as `<metric>_vs_samples`, `_vs_tokens`, `_vs_megaflops` (10^6 FLOP
 with the count as TensorBoard's step. The same numbers go to metrics.csv, and to result.json when a fit has come to its
 end, for `moa report`. A better curve per step can lose on the clock, so no comparison should have to do with one axis.
 
+With `trainer.num_sanity_val_steps: -1`, Lightning's check of the whole validation set before the first step, the curves
+of a new fit begin there, at step 0.
+
 The counters travel in the checkpoint; a resumed fit first cuts metrics.csv and the event files back to it.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from .common import (
     is_logging_step,
     run_folder,
     synchronize,
+    tensorboard_step,
     tensorboard_writer,
     watched,
     write_scalars,
@@ -52,6 +57,7 @@ class Convergence(L.Callback):
         self.clock = TrainingClock()
         self._last_validation: dict[str, float] = {}
         self._last_validation_step: int | None = None
+        self._at_start: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -85,7 +91,12 @@ class Convergence(L.Callback):
             writer.close()  # it opens a new file with the next event
             cut_event_files(self._run_dir, trainer.global_step, self.samples)
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._at_start:
+            self.tokens = None if watched(pl_module).tokens_per_batch(batch) is None else 0
+            self._record_start(trainer)
         self.clock.start()
 
     def on_train_batch_end(
@@ -106,7 +117,11 @@ class Convergence(L.Callback):
         self.clock.pause()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if trainer.sanity_checking:
+            if math.isinf(trainer.num_sanity_val_steps):  # -1: all of the validation set
+                self._at_start = _metrics(trainer, ("val/",))
             return
         self._last_validation = _metrics(trainer, ("val/",))
         self._last_validation_step = trainer.global_step
@@ -134,6 +149,14 @@ class Convergence(L.Callback):
             "seed": None if seed is None else int(seed),
         }
         write_json(self._run_dir / "result.json", result)
+
+    def _record_start(self, trainer: L.Trainer) -> None:
+        """Lightning gives its loggers nothing of what it measures before the first step."""
+        writer = tensorboard_writer(trainer)
+        if writer is not None:
+            write_scalars(writer, self._at_start, tensorboard_step(trainer))
+        self._record(trainer, self._at_start)
+        self._at_start = {}
 
     def _record(self, trainer: L.Trainer, metrics: dict[str, float]) -> None:
         """Write metrics measured now to metrics.csv and on the further axes of TensorBoard."""

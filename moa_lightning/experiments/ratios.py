@@ -26,7 +26,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Measured:
-    """A positive quantity, or a bound of it. The value of an unknown one is NaN."""
+    """A quantity that is not negative, or a bound of it. The value of an unknown one is NaN."""
 
     value: float
     kind: Kind = Kind.EXACT
@@ -54,8 +54,9 @@ class Ratio:
 
 
 def over(top: Measured, bottom: Measured) -> Measured:
-    """top / bottom, as exactly as the two are known."""
-    if Kind.UNKNOWN in (top.kind, bottom.kind):
+    """top / bottom, as exactly as the two are known; unknown where one is 0, such as the time to a target that a curve
+    starts from."""
+    if Kind.UNKNOWN in (top.kind, bottom.kind) or 0 in (top.value, bottom.value):
         return UNKNOWN
     directions = {_direction(top.kind), -_direction(bottom.kind)} - {0}
     if len(directions) > 1:

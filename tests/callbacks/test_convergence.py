@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 
 import lightning as L
 import pytest
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moa_lightning.callbacks import Convergence, Throughput
 
-from .toy import BATCH, FLOPS, TOKENS, ToyTask, events, fit
+from .toy import BATCH, FLOPS, TOKENS, ToyTask, events, fit, toy_loader
 
 
 def points(folder, tag):
@@ -71,6 +72,26 @@ def test_metrics_csv_has_a_row_for_each_logging_point(tmp_path, fake_time):
     assert [r["step"] for r in table if r["val/loss"]] == ["4", "8"]
 
 
+def test_curves_begin_before_the_first_step_where_asked(tmp_path, fake_time):
+    """Lightning's check of the whole validation set, which leaves training as it is."""
+    started, plain, untrained = TimedTask(fake_time), TimedTask(fake_time), ToyTask()
+    plain.load_state_dict(started.state_dict())
+    untrained.load_state_dict(started.state_dict())
+    fit(plain, tmp_path / "plain", [Convergence()])
+    fit(started, tmp_path / "run", [Convergence()], num_sanity_val_steps=-1)
+    first, *others = rows(tmp_path / "run")
+    loss = float(L.Trainer(accelerator="cpu", logger=False).validate(untrained, toy_loader(8, seed=1))[0]["val/loss"])
+    counts = [first[name] for name in ("step", "samples", "tokens", "flops", "seconds")]
+    assert list(map(float, counts)) == [0, 0, 0, 0, 0]
+    assert float(first["val/loss"]) == loss
+    assert others == rows(tmp_path / "plain")
+    for tag in ("val/loss", "val/loss_vs_samples", "val/loss_vs_tokens"):
+        assert points(tmp_path / "run", tag)[0] == (0, pytest.approx(loss, rel=1e-6)), tag
+    assert points(tmp_path / "run", "val/loss")[1:] == points(tmp_path / "plain", "val/loss")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result == json.loads((tmp_path / "plain/result.json").read_text())
+
+
 def test_a_task_without_tokens_has_no_token_axis(tmp_path):
     fit(ToyTask(tokens=False), tmp_path / "run", [Convergence()])
     tags = events(tmp_path / "run").Tags()["scalars"]
@@ -122,6 +143,8 @@ def broken_run(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(RuntimeError, match="power cut"):
         fit(FailingTask(), folder, [Convergence(), checkpoints(folder)], max_steps=20)
+    for path in folder.glob("events.out.tfevents.*"):  # TensorBoard reads by name: .10 of a second before its .9
+        path.rename(folder / re.sub(r"tfevents\.\d+", "tfevents.1000000000", path.name))
     return folder
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from moa_lightning.errors import UserError
 from moa_lightning.experiments.convergence import final_by_seed, final_mean, speed_ups, time_to_target
-from moa_lightning.experiments.ratios import Kind, Measured, over, ratio_over_seeds
+from moa_lightning.experiments.ratios import UNKNOWN, Kind, Measured, over, ratio_over_seeds
 from moa_lightning.experiments.traces import Trace, band, read_trace
 
 
@@ -100,6 +100,13 @@ def test_what_is_not_seen_of_a_time_is_a_bound() -> None:
 )
 def test_bounds_are_carried_into_ratios(top: Kind, bottom: Kind, kind: Kind) -> None:
     assert over(Measured(6.0, top), Measured(2.0, bottom)).kind is kind
+
+
+def test_a_curve_that_starts_at_its_target_has_no_ratio() -> None:
+    start = time_to_target(Trace(np.array([1.0, 0.5]), {"steps": np.array([0.0, 10.0])}), 1.0, "steps", "min")
+    assert start == Measured(0.0)
+    assert over(start, Measured(5.0)) == over(Measured(5.0), start) == UNKNOWN
+    assert ratio_over_seeds({0: start}, {0: Measured(5.0)}).ratio == UNKNOWN
 
 
 def test_a_ratio_is_the_t_interval_of_logs() -> None:
