@@ -56,14 +56,18 @@ def stdlib_files() -> list[Path]:
     return sorted(paths)
 
 
+def stdlib_name(path: Path) -> str:
+    """Of one of `stdlib_files`, below the library's folder."""
+    return path.relative_to(_library()).as_posix()
+
+
 def _library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def stdlib_documents() -> list[Document]:
     """The files of `stdlib_files`."""
-    root = _library()
-    found = _read([(path.relative_to(root).as_posix(), path) for path in stdlib_files()])
+    found = _read([(stdlib_name(path), path) for path in stdlib_files()])
     return [Document(name, content, place_of(encoded(name))) for name, content in found]
 
 
@@ -270,6 +274,23 @@ def cuts(length: int, val_fraction: float, test_fraction: float) -> list[int]:
     """Where the splits of one text of that length begin, train, val and test, and its end."""
     val, test = (round(length * (1 - held_out)) for held_out in (val_fraction + test_fraction, test_fraction))
     return [0, val, test, length]
+
+
+def split_spans(
+    places: Sequence[float], bounds: np.ndarray, val_fraction: float, test_fraction: float
+) -> dict[str, np.ndarray]:
+    """Begin and end of what each split has of documents that lie in one file, int64 (n, 2); rule of `split_documents`.
+
+    Args:
+        places: of each document, in [0, 1).
+        bounds: begin and end of each document, int64 (n, 2).
+    """
+    if len(bounds) >= len(SPLITS):
+        chosen = split_places(places, val_fraction, test_fraction)
+        return {split: bounds[chosen[split]] for split in SPLITS}
+    inner = np.stack([start + np.array(cuts(stop - start, val_fraction, test_fraction)) for start, stop in bounds])
+    pairs = {split: inner[:, number : number + 2] for number, split in enumerate(SPLITS)}
+    return {split: pair[pair[:, 0] < pair[:, 1]] for split, pair in pairs.items()}
 
 
 def split_documents(

@@ -13,10 +13,11 @@ import importlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from data.documents import PIECE, cut, expand_files, packing_of, stdlib_files
+from data.documents import PIECE, cut, encoded, expand_files, packing_of, place_of, stdlib_files, stdlib_name
 from data.faults import BadSample, OnBadSample
 from data.shards import ShardMembers
 from moa_lightning.errors import UserError
@@ -34,6 +35,8 @@ class Text(NamedTuple):
 
     name: str
     pieces: Iterator[bytes]
+    place: float
+    """in [0, 1), decides its split: a hash of its first piece, in the standard library of its name"""
 
 
 class Bad:
@@ -66,7 +69,8 @@ def documents(source: Sequence[str], text_field: str, needs_text: bool, bad: Bad
     Raises:
         UserError: a path that does not exist, a package that a file needs and that is not installed.
     """
-    for path in stdlib_files() if list(source) == ["stdlib"] else expand_files(source):
+    library = list(source) == ["stdlib"]
+    for path in stdlib_files() if library else expand_files(source):
         name = path.name.lower()
         kind = path.stem.lower() if name.endswith(_COMPRESSED) else name
         if kind.endswith(_JSON):
@@ -79,14 +83,20 @@ def documents(source: Sequence[str], text_field: str, needs_text: bool, bad: Bad
             bad.add(f"'{path}' is compressed, and only .txt, .json, .jsonl and .ndjson may be: unpack it")
             continue
         else:
-            yield from _plain(path, needs_text, bad)
+            yield from _plain(path, needs_text, bad, encoded(stdlib_name(path)) if library else None)
             continue
         for document, content in found:
             if content:
-                yield Text(document, cut(content))
+                yield _placed(document, cut(content))
 
 
-def _plain(path: Path, needs_text: bool, bad: Bad) -> Iterator[Text]:
+def _placed(name: str, pieces: Iterator[bytes], key: bytes | None = None) -> Text:
+    """A document with its place, by the key or else its beginning."""
+    beginning = next(pieces)
+    return Text(name, chain([beginning], pieces), place_of(beginning if key is None else key))
+
+
+def _plain(path: Path, needs_text: bool, bad: Bad, key: bytes | None) -> Iterator[Text]:
     try:
         with _open(path) as file:
             beginning = file.read(PIECE)
@@ -97,7 +107,7 @@ def _plain(path: Path, needs_text: bool, bad: Bad) -> Iterator[Text]:
         elif needs_text and (place := _invalid(path)) is not None:
             bad.add(f"text file '{path}' is not UTF-8 at byte {place}")
         elif beginning:
-            yield Text(str(path), _file_pieces(path))
+            yield _placed(str(path), _file_pieces(path), key)
     except (OSError, EOFError, zlib.error, _zstd_error()) as error:
         bad.add(f"text file '{path}' cannot be read ({getattr(error, 'strerror', None) or error})")
 

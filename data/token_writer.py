@@ -1,23 +1,27 @@
-"""`moa data tokens` and `moa data tokenizer`: documents to packed token files, in memory that does not grow.
+"""`moa data tokens` and `moa data tokenizer`: documents to packed token files, in memory that grows by eight bytes a
+document.
 
 `<split>.bin` holds the token ids of one document after another, little-endian, as nanoGPT has them: uint16, or uint32
 where the vocabulary asks for it, each document followed by the end-of-text token. `<split>.starts` holds where each
 document begins, int64. `tokens.json` describes them, and the tokenizer lies beside them, so the folder is all that
-training needs. A document's split follows from a hash of its beginning (the same text is always on the same side,
-whatever else is there); documents so few that a split would stay empty are split by position instead.
+training needs. A document's split follows from a hash of its beginning, in the standard library of its name (the same
+text is always on the same side, whatever else is there); a split that stays empty takes the next document by hash, and
+fewer than three documents are split by position. These are the rules of `data.TextFiles` and of text shards.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from data.documents import SPLITS, check_fractions, cuts, place_of
+from data.documents import SPLITS, check_fractions, split_spans
 from data.faults import OnBadSample
 from data.sources import Bad, documents
 from data.tokenizer import BYTES, Tokenizer, open_tokenizer, train_bpe
@@ -48,7 +52,7 @@ class SplitFile:
         self.tokens = self.documents = self.bytes = 0
 
     def begin(self, place: int) -> None:
-        """A document begins with this token."""
+        """A document begins at this token."""
         self.starts.write(np.array(place, "<i8").tobytes())
         self.documents += 1
 
@@ -94,22 +98,23 @@ def write_tokens(
         UserError: unusable sources, tokenizer or folder, or too little text.
     """
     check_fractions(val_fraction, test_fraction)
-    used, bad = open_tokenizer(tokenizer), Bad(on_bad_sample)
+    used, bad, places = open_tokenizer(tokenizer), Bad(on_bad_sample), array("d")
     dtype = token_dtype(len(used.pieces))
     lengths = np.array([len(piece) for piece in used.pieces])
     with new_folder(out) as folder:
         files = {split: SplitFile(folder, split, dtype, lengths) for split in SPLITS}
         try:
-            for split, tokens, begins in _encoded(source, used, text_field, bad, (val_fraction, test_fraction)):
+            for place, tokens, begins in _encoded(source, used, text_field, bad, places):
+                file = files[_split_of(place, val_fraction, test_fraction)]
                 if begins:
-                    files[split].begin(files[split].tokens)
-                files[split].add(tokens)
+                    file.begin(file.tokens)
+                file.add(tokens)
         finally:
             for file in files.values():
                 file.close()
         fractions = {"val": val_fraction, "test": test_fraction}
-        if _empty(files, fractions):
-            files = _split_by_position(folder, files, val_fraction, test_fraction)
+        if places and _empty(files, fractions):
+            files = _split_anew(folder, files, places, val_fraction, test_fraction)
         if _empty(files, fractions):
             raise UserError(f"{_total(files)} tokens are too few for the splits: give more text, or lower fractions")
         description = _finish(folder, files, used, source)
@@ -147,38 +152,37 @@ def train_tokenizer(
 
 
 def _pieces(
-    source: Sequence[str], used: Tokenizer, field: str, bad: Bad, fractions: tuple[float, float]
-) -> Iterator[tuple[str, bytes, bool, bool]]:
-    """Split, content, whether it begins a document, whether it ends one; for every piece of every document."""
+    source: Sequence[str], used: Tokenizer, field: str, bad: Bad, places: array
+) -> Iterator[tuple[float, bytes, bool, bool]]:
+    """Place of the document, content, whether it begins a document, whether it ends one; for every piece of every
+    document. Appends each document's place."""
     for text in documents(source, field, used.needs_text, bad):
+        places.append(text.place)
         waiting = next(text.pieces)
-        split = _split_of(waiting, *fractions)
         first = True
         for piece in text.pieces:
-            yield split, waiting, first, False
+            yield text.place, waiting, first, False
             waiting, first = piece, False
-        yield split, waiting, first, True
+        yield text.place, waiting, first, True
 
 
-def _split_of(beginning: bytes, val_fraction: float, test_fraction: float) -> str:
-    """By a hash of a document's first piece."""
-    place = place_of(beginning)
+def _split_of(place: float, val_fraction: float, test_fraction: float) -> str:
     return "test" if place < test_fraction else "val" if place < test_fraction + val_fraction else "train"
 
 
 def _encoded(
-    source: Sequence[str], used: Tokenizer, field: str, bad: Bad, fractions: tuple[float, float]
-) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """Split, token ids and whether a document begins with them, a batch of text at a time."""
-    batch: list[tuple[str, bytes, bool, bool]] = []
+    source: Sequence[str], used: Tokenizer, field: str, bad: Bad, places: array
+) -> Iterator[tuple[float, np.ndarray, bool]]:
+    """Place, token ids and whether a document begins with them, a batch of text at a time."""
+    batch: list[tuple[float, bytes, bool, bool]] = []
     size = 0
     end = np.array([used.separator])
 
-    def encoded() -> Iterator[tuple[str, np.ndarray, bool]]:
-        for (split, _, begins, ends), tokens in zip(batch, used.encode([item[1] for item in batch]), strict=True):
-            yield split, np.concatenate([tokens, end]) if ends else tokens, begins
+    def encoded() -> Iterator[tuple[float, np.ndarray, bool]]:
+        for (place, _, begins, ends), tokens in zip(batch, used.encode([item[1] for item in batch]), strict=True):
+            yield place, np.concatenate([tokens, end]) if ends else tokens, begins
 
-    for item in _pieces(source, used, field, bad, fractions):
+    for item in _pieces(source, used, field, bad, places):
         batch.append(item)
         size += len(item[1])
         if size >= BATCH_BYTES or len(batch) >= BATCH_PIECES:
@@ -187,36 +191,42 @@ def _encoded(
     yield from encoded()
 
 
-def _split_by_position(
-    folder: Path, files: dict[str, SplitFile], val_fraction: float, test_fraction: float
+def _split_anew(
+    folder: Path, files: dict[str, SplitFile], places: array, val_fraction: float, test_fraction: float
 ) -> dict[str, SplitFile]:
-    """The tokens cut in three: training text first, then validation, then test."""
-    starts, total = [], 0
+    """The same documents by the rule that leaves no split empty."""
+    spans_of: dict[str, Iterator[tuple[int, int]]] = {}
+    total = 0
     with (folder / "all").open("wb") as joined:
-        for file in files.values():
-            starts += [total + int(start) for start in np.fromfile(file.starts_path, "<i8")]
+        for split, file in files.items():
+            begins = [total + int(start) for start in np.fromfile(file.starts_path, "<i8")]
             total += file.tokens
-            with file.path.open("rb") as part:
-                shutil.copyfileobj(part, joined, BATCH_BYTES)
-    bounds = cuts(total, val_fraction, test_fraction)
+            spans_of[split] = pairwise([*begins, total])
+            with file.path.open("rb") as written:
+                shutil.copyfileobj(written, joined, BATCH_BYTES)
+    bounds = np.empty((len(places), 2), np.int64)
+    for number, place in enumerate(places):  # in the order in which they came
+        bounds[number] = next(spans_of[_split_of(place, val_fraction, test_fraction)])
+    spans = split_spans(places, bounds, val_fraction, test_fraction)
     any_file = files["train"]
     parts = {split: SplitFile(folder, split, any_file.dtype, any_file.lengths) for split in SPLITS}
     with (folder / "all").open("rb") as joined:
-        for split, low, high in zip(SPLITS, bounds[:-1], bounds[1:], strict=True):
-            _fill(parts[split], joined, high - low, [start - low for start in starts if low < start < high])
+        for split, target in parts.items():
+            for start, stop in spans[split].tolist():
+                _copy(target, joined, start, stop)
+            target.close()
     (folder / "all").unlink()
     return parts
 
 
-def _fill(part: SplitFile, joined: IO[bytes], tokens: int, starts: list[int]) -> None:
-    """Move the next tokens into a split; it begins in the middle of a document, or with one."""
-    for start in [0, *starts] if tokens else []:
-        part.begin(start)
-    while tokens:
-        block = np.frombuffer(joined.read(min(BATCH_BYTES, tokens) * part.dtype.itemsize), part.dtype)
-        part.add(block.astype(np.int64))
-        tokens -= len(block)
-    part.close()
+def _copy(target: SplitFile, joined: IO[bytes], start: int, stop: int) -> None:
+    """A document's tokens, or a part of them, into a split."""
+    target.begin(target.tokens)
+    joined.seek(start * target.dtype.itemsize)
+    while start < stop:
+        block = np.frombuffer(joined.read(min(BATCH_BYTES, stop - start) * target.dtype.itemsize), target.dtype)
+        target.add(block.astype(np.int64))
+        start += len(block)
 
 
 def _empty(files: dict[str, SplitFile], fractions: dict[str, float]) -> bool:

@@ -27,8 +27,9 @@ BYTES = "bytes"
 CHARACTERS = "meta.pkl"  # beside nanoGPT's token files where a token is a character
 END_OF_TEXT = "<|endoftext|>"
 NUL = "\0"  # what the tokenizer of bytes has between two texts
+_DEEPSEEK = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 # what tokenizers call the token between two texts, by falling rank
-_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
+_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]", _DEEPSEEK)
 _SPACE = "\u2581"  # SentencePiece's space
 _DROPPING = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")  # split where they drop spaces
 LEAST_BPE = 257  # bytes and the end of text
@@ -96,7 +97,7 @@ class JsonTokenizer:
 
     Raises:
         UserError: no such file, no tokenizer, one that changes text, or whose tokens have no bytes or no end of text;
-            in `encode`, a character that a vocabulary of single characters lacks.
+            in `encode`, a text with a character that the vocabulary cannot spell.
     """
 
     needs_text = True
@@ -117,7 +118,6 @@ class JsonTokenizer:
             ) from error
         self.content = content
         self.pieces = _pieces(path, self.library, parts)
-        self.characters = frozenset(parts["model"]["vocab"]) if _has_characters(parts) else None
         exact = _exact(path, parts)
         if exact != parts:
             self.library = Library.from_str(json.dumps(exact))
@@ -133,15 +133,26 @@ class JsonTokenizer:
         self.separator_name = str(self.library.id_to_token(separator))
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        strings = [text.decode() for text in texts]
-        if self.characters is not None:
-            for string in strings:
-                if unknown := set(string) - self.characters:
-                    raise UserError(
-                        f"tokenizer '{self.name}' has no token for {min(unknown)!r}: take it out of the text"
-                    )
-        encoded = self.library.encode_batch_fast(strings, add_special_tokens=False)
+        encoded = self.library.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        for text, one in zip(texts, encoded, strict=True):
+            spelled = b"".join(map(self.pieces.__getitem__, one.ids))
+            if spelled != text:
+                self._check(text.decode(), spelled)
         return [np.array(one.ids, dtype=np.int64) for one in encoded]
+
+    def _check(self, text: str, spelled: bytes) -> None:
+        """UserError where tokens spell less than the text, in the usual spelling of its characters."""
+        usual = text if self.library.normalizer is None else self.library.normalizer.normalize_str(text)
+        wanted = usual.replace(_SPACE, " ").encode()  # SentencePiece does not tell these two apart
+        if spelled in (wanted, usual.encode()):
+            return
+        ends = min(len(spelled), len(wanted))
+        first = next((place for place in range(ends) if spelled[place] != wanted[place]), ends)
+        kept = len(wanted[:first].decode(errors="ignore"))  # in whole characters
+        raise UserError(
+            f"tokenizer '{self.name}' has no token for {usual[kept : kept + 1]!r}: take it out of the text, or give "
+            "another tokenizer"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The file itself, less what cuts a text, fills it up or adds a space before or tokens around it."""

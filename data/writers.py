@@ -13,7 +13,6 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torchvision.io import encode_png
 
-from data.documents import SPLITS, check_fractions, cuts, encoded, place_of, split_places, stdlib_documents
+from data.documents import check_fractions, split_spans
 from data.image_base import LabelledImages
 from data.image_sources import FileImages
 from data.images import Images
@@ -104,38 +103,17 @@ def write_text_shards(
     sources = [source] if isinstance(source, str) else source
     with new_folder(out) as folder, tempfile.TemporaryFile(dir=folder) as copy:
         places, ends = array("d"), array("q", [0])
-        for key, pieces in _texts(sources, text_field, bad or Bad()):
-            places.append(place_of(key))
-            ends.append(ends[-1] + sum(copy.write(piece) for piece in pieces))
+        for text in documents(sources, text_field, False, bad or Bad()):
+            places.append(text.place)
+            ends.append(ends[-1] + sum(copy.write(piece) for piece in text.pieces))
         if not places:
             raise UserError(f"text source {source!r} holds no text: every file in it is empty or bad")
-        parts = _spans(places, ends, val_fraction, test_fraction)
+        bounds = np.stack([np.asarray(ends, np.int64)[:-1], np.asarray(ends, np.int64)[1:]], 1)
+        found = split_spans(places, bounds, val_fraction, test_fraction)
+        parts = {split: spans for split, spans in found.items() if len(spans)}
         for split, spans in parts.items():
             _write_texts(folder, split, spans[_order(len(spans), split, split_seed)], copy, samples_per_shard)
     return {split: sorted(Path(out).glob(f"{split}-*.tar")) for split in parts}
-
-
-def _texts(source: Sequence[str], text_field: str, bad: Bad) -> Iterator[tuple[bytes, Iterable[bytes]]]:
-    """What decides the split of each document, and its pieces."""
-    if list(source) == ["stdlib"]:
-        yield from ((encoded(document.name), [document.content]) for document in stdlib_documents())
-        return
-    for text in documents(source, text_field, False, bad):
-        beginning = next(text.pieces)
-        yield beginning, chain([beginning], text.pieces)
-
-
-def _spans(places: Sequence[float], ends: Sequence[int], val: float, test: float) -> dict[str, np.ndarray]:
-    """Begin and end of each document of the splits that have any, int64 (n, 2)."""
-    bounds = np.stack([np.asarray(ends, np.int64)[:-1], np.asarray(ends, np.int64)[1:]], 1)
-    if len(bounds) >= len(SPLITS):
-        chosen = split_places(places, val, test)
-        parts = {split: bounds[chosen[split]] for split in SPLITS}
-    else:
-        inner = np.stack([start + np.array(cuts(stop - start, val, test)) for start, stop in bounds.tolist()])
-        pairs = {split: inner[:, number : number + 2] for number, split in enumerate(SPLITS)}
-        parts = {split: pair[pair[:, 0] < pair[:, 1]] for split, pair in pairs.items()}
-    return {split: part for split, part in parts.items() if len(part)}
 
 
 def _write_texts(folder: Path, split: str, spans: np.ndarray, copy: IO[bytes], samples_per_shard: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data.token_writer import train_tokenizer, write_tokens
 from data.tokenizer import END_OF_TEXT, open_tokenizer, train_bpe
@@ -123,6 +123,44 @@ def test_unicode_in_its_usual_spelling_passes(bpe, tmp_path):
 )
 def test_tokenizers_that_change_text_are_refused(tmp_path, parts, told):
     assert f"changes text ({told})" in message(lambda: open_tokenizer(sentence_pieces(tmp_path, "t.json", **parts)))
+
+
+@pytest.mark.parametrize("kind", ["bytes that no text had", "an unknown token", "unknown characters alike"])
+def test_a_character_that_tokens_cannot_spell_is_named(tmp_path, kind):
+    """Counted as less text than there is, bits per byte would be wrong."""
+    if kind == "bytes that no text had":
+        library = Tokenizer(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.train_from_iterator(["the fox "] * 9, trainers.BpeTrainer(special_tokens=[END_OF_TEXT]))
+        library.save(str(tmp_path / "t.json"))
+    else:
+        unknown = "<unk>" if kind == "an unknown token" else "?"
+        vocabulary = {token: number for number, token in enumerate(["</s>", unknown, "\u2581", *"thefox"])}
+        library = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
+        library.normalizer = as_spaces()
+        library.add_special_tokens(["</s>"] + ["<unk>"] * (unknown == "<unk>"))
+        library.save(str(tmp_path / "t.json"))
+    tokenizer = open_tokenizer(str(tmp_path / "t.json"))
+    (tokens,) = tokenizer.encode([b"the fox"])
+    assert b"".join(tokenizer.pieces[token] for token in tokens) == b"the fox"
+    assert "has no token for 'é'" in message(lambda: tokenizer.encode([b"the", "the fox é fox".encode()]))
+    (tmp_path / "a.txt").write_text("the fox QUICK the fox")
+    assert "has no token for 'Q'" in message(
+        lambda: write_tokens([str(tmp_path / "a.txt")], str(tmp_path / "out"), str(tmp_path / "t.json"))
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_low_line_of_sentence_pieces_passes_as_the_space_that_it_stands_for(tmp_path):
+    tokenizer = open_tokenizer(sentence_pieces(tmp_path, "t.json", normalizer=as_spaces()))
+    first, second = tokenizer.encode([b"a a", "a\u2581a".encode()])
+    assert first.tolist() == second.tolist()
+
+
+def test_deepseeks_end_of_text_is_known(bpe, tmp_path):
+    content = Path(bpe).read_text().replace(END_OF_TEXT, "<\uff5cend\u2581of\u2581sentence\uff5c>")
+    (tmp_path / "t.json").write_text(content)
+    assert open_tokenizer(str(tmp_path / "t.json")).separator == open_tokenizer(bpe).separator
 
 
 def test_the_token_between_documents_counts_alike(bpe, tmp_path):

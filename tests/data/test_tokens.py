@@ -1,17 +1,21 @@
 """Token files: what is read back is what was written; mistakes are one sentence."""
 
 import re
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import data.documents
 from data import TextFiles, TokenFiles
 from data.command import data_command
+from data.documents import split_documents, stdlib_documents
 from data.token_files import HEADER_BYTES, find_tokens
 from data.token_writer import write_tokens
 from data.tokenizer import open_tokenizer
+from data.writers import write_text_shards
 from tests.data.texts import lines, message, module_of, stream
 
 
@@ -53,6 +57,44 @@ def test_a_single_text_is_split_by_position(tmp_path):
     whole = np.concatenate([stream(module, split) for split in ("train", "val", "test")])
     assert bytes(whole.astype(np.uint8)) == bytes(range(1, 251)) * 20 + b"\0"
     assert [len(module.splits[split].source) for split in ("train", "val", "test")] == [4501, 250, 250]
+
+
+def halves(split) -> set[bytes]:
+    """The documents of a split of texts that are joined by NUL."""
+    return {text for text in bytes(np.asarray(split).astype(np.uint8)).split(b"\0") if text}
+
+
+@pytest.mark.parametrize("count", [3, 12, 40])
+@pytest.mark.parametrize("start", range(5))
+def test_few_documents_are_split_alike_however_they_are_read(tmp_path, count, start):
+    """A split that the hash leaves empty takes the next document, in token files as in texts and shards."""
+    (tmp_path / "texts").mkdir()
+    for number in range(count):
+        (tmp_path / f"texts/{number}.txt").write_text(f"text {start} {number} " * 30)
+    write_tokens([str(tmp_path / "texts")], str(tmp_path / "out"))
+    write_text_shards(str(tmp_path / "texts"), str(tmp_path / "shards"))
+    tokens = module_of(tmp_path / "out")
+    texts = TextFiles(str(tmp_path / "texts"), context_length=16, batch_size=4)
+    texts.setup()
+    for split in ("train", "val", "test"):
+        documents = halves(texts.splits[split].source.content)
+        assert halves(stream(tokens, split)) == documents
+        with tarfile.open(tmp_path / f"shards/{split}-000000.tar") as tar:
+            assert {tar.extractfile(member).read() for member in tar} == documents
+        assert len(documents) >= 1
+
+
+def test_the_standard_library_goes_by_name_in_token_files_too(tmp_path, monkeypatch):
+    (tmp_path / "library").mkdir()
+    for number in range(60):
+        (tmp_path / f"library/module{number}.py").write_text("pass\n" * 9)  # the same beginning
+    monkeypatch.setattr(data.documents, "_library", lambda: tmp_path / "library")
+    written = write_tokens(["stdlib"], str(tmp_path / "out"), "bytes", 0.2, 0.2)
+    parts = split_documents(stdlib_documents(), 0.2, 0.2)
+    assert {split: part["documents"] for split, part in written.description["splits"].items()} == {
+        split: len(part) for split, part in parts.items()
+    }
+    assert all(len(part) > 3 for part in parts.values())
 
 
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
