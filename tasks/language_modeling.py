@@ -1,6 +1,7 @@
 """Next-token prediction with a GPT; held-out text is judged by loss, perplexity and bits per byte."""
 
 import math
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -162,10 +163,20 @@ class LanguageModeling(GPTTask):
 
     @torch.no_grad()
     def texts(self) -> dict[str, str]:
-        """A continuation of a line break, sampled at temperature 0.8 from the same seed every time."""
+        """A continuation of a line break, or of what a vocabulary without one has, sampled at temperature 0.8 from the
+        same seed every time."""
         data = self.data
-        prompt = torch.tensor([data.encode("\n")], device=self.device)
+        prompt = torch.tensor([_beginning(data)], device=self.device)
         generator = torch.Generator().manual_seed(0)
         with self.trainer.precision_plugin.forward_context():
             tokens = self.net.generate(prompt, SAMPLE_TOKENS, generator, ids=data.vocab_size)
         return {"sample": data.decode(tokens[0, prompt.shape[1] :].tolist())}
+
+
+def _beginning(data: Any) -> list[int]:
+    """Tokens of a line break, else of a space, else what stands between two texts."""
+    for text in ("\n", " "):
+        with suppress(UserError):  # nanoGPT's text8 has letters and spaces only
+            if tokens := data.encode(text):
+                return tokens
+    return [data.tokenizer.separator]

@@ -5,13 +5,12 @@ import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data.token_writer import train_tokenizer, write_tokens
 from data.tokenizer import END_OF_TEXT, open_tokenizer, train_bpe
-from tests.data.texts import TEXT, lines, message, module_of, stream
+from tests.data.texts import TEXT, lines, message, module_of, nanogpt_folder, stream
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -176,17 +175,6 @@ def test_training_a_tokenizer_is_deterministic(bpe, tmp_path):
     (tmp_path / "a.txt").write_bytes((Path(bpe).parent / "a.txt").read_bytes())
     train_tokenizer([str(tmp_path / "a.txt")], str(tmp_path / "t.json"), 400)
     assert (tmp_path / "t.json").read_bytes() == Path(bpe).read_bytes()
-
-
-def nanogpt_folder(folder: Path, text: str) -> dict[str, int]:
-    """What nanoGPT's data/shakespeare_char/prepare.py writes: ids of the sorted characters as uint16, and its table."""
-    folder.mkdir(exist_ok=True)
-    ids = {character: number for number, character in enumerate(sorted(set(text)))}
-    for split, part in (("train", text[: len(text) * 9 // 10]), ("val", text[len(text) * 9 // 10 :])):
-        (folder / f"{split}.bin").write_bytes(np.array([ids[character] for character in part], "<u2").tobytes())
-    table = {"vocab_size": len(ids), "itos": {number: text for text, number in ids.items()}, "stoi": ids}
-    (folder / "meta.pkl").write_bytes(pickle.dumps(table))
-    return ids
 
 
 def test_nanogpts_characters(tmp_path):

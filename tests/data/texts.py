@@ -1,6 +1,7 @@
 """What the tests of text share: a text, JSON lines of it, token files, and what a mistake is told."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -34,3 +35,14 @@ def message(action) -> str:
         action()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def nanogpt_folder(folder: Path, text: str) -> dict[str, int]:
+    """What nanoGPT's data/shakespeare_char/prepare.py writes: ids of the sorted characters as uint16, and its table."""
+    folder.mkdir(exist_ok=True)
+    ids = {character: number for number, character in enumerate(sorted(set(text)))}
+    for split, part in (("train", text[: len(text) * 9 // 10]), ("val", text[len(text) * 9 // 10 :])):
+        (folder / f"{split}.bin").write_bytes(np.array([ids[character] for character in part], "<u2").tobytes())
+    table = {"vocab_size": len(ids), "itos": {number: text for text, number in ids.items()}, "stoi": ids}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(table))
+    return ids

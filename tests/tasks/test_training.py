@@ -6,11 +6,14 @@ import lightning as L
 import pytest
 import torch
 
+from data import TokenFiles
 from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
+from moa_lightning.models import GPT
 from moa_lightning.moe import MoEConfig
 from moa_lightning.optim import OptimizerConfig
 from tasks import MAE
+from tests.data.texts import nanogpt_folder
 from tests.models.nets import fragment
 from tests.tasks.conftest import TASKS, data_for, task, trainer
 from tests.tasks.recorder import Recorder
@@ -199,6 +202,23 @@ def test_a_step_that_is_skipped_leaves_the_biases_of_routers(text, tmp_path) -> 
     assert torch.equal(skipped, first)
     assert first.abs().max() == pytest.approx(0.01)
     assert not torch.equal(third, skipped)
+
+
+@pytest.mark.parametrize("characters", ["ab ", "ab", "ab \n"])
+def test_a_sample_begins_with_what_the_vocabulary_has(characters, tmp_path, monkeypatch) -> None:
+    ids = nanogpt_folder(tmp_path / "char", characters * 300)
+    module = TokenFiles(str(tmp_path / "char"), context_length=8, batch_size=4)
+    model = task("language")
+    trainer(1, tmp_path, limit_train_batches=1, limit_val_batches=0).fit(model, datamodule=module)
+    prompts, generate = [], GPT.generate
+
+    def watched(net, prompt, *options, **named):
+        prompts.append(prompt.tolist())
+        return generate(net, prompt, *options, **named)
+
+    monkeypatch.setattr(GPT, "generate", watched)
+    assert len(model.texts()["sample"]) > 100
+    assert prompts == [[[ids.get("\n", ids.get(" ", module.tokenizer.separator))]]]
 
 
 def test_a_vocabulary_may_be_padded_but_no_size_may_be_too_small(text, tmp_path) -> None:
