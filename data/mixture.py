@@ -38,12 +38,12 @@ def shares(weights: Mapping[str, float], samples: int) -> dict[str, int]:
 
 
 def turns(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each sample, and its number among those of its source; int64 (sum of counts,) both."""
-    source = np.repeat(np.arange(len(counts)), counts)
-    number = np.concatenate([np.arange(count) for count in counts])
-    due = (number + 0.5) / np.repeat(np.maximum(counts, 1), counts)
-    order = np.lexsort((source, due))
-    return source[order], number[order]
+    """The source of each sample, int16, and its number among those of its source, int64; (sum of counts,) both."""
+    due = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+    order = np.argsort(due, kind="stable")  # of samples due at once the earlier source's first
+    source = np.repeat(np.arange(len(counts), dtype=np.int16), counts)[order]
+    order -= np.cumsum([0, *counts[:-1]])[source]
+    return source, order
 
 
 class MixedSamples(Samples):
