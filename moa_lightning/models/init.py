@@ -172,7 +172,8 @@ def vision_rule(module: nn.Module, name: str, parameter: Tensor, generator: torc
 
 def mae_rule(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
     """MAE's own start (He et al., arXiv 2111.06377, official code): Xavier-uniform matrices, the patch projection as a
-    matrix too, tokens normal with standard deviation 0.02, zero biases."""
+    matrix too, tokens normal with standard deviation 0.02, zero biases (there the patch projection's keeps torch's
+    uniform draw)."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         if name.endswith("weight"):
             nn.init.xavier_uniform_(parameter.view(parameter.shape[0], -1), generator=generator)

@@ -25,7 +25,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "recomputed": ({"activation_checkpointing": True}, {}, 1e-6),
     "selective": ({"activation_checkpointing": "selective"}, {}, 1e-6),
     "accumulated": ({}, {"accumulate_grad_batches": 2}, 1e-5),
-    "bfloat16": ({}, {"precision": "bf16-mixed"}, 1e-2),
+    "bfloat16": ({}, {"precision": "bf16-mixed"}, 8e-3),
     "compiled": ({"compile": True}, {}, 1e-5),
 }
 """options of the task, of the Trainer, largest relative difference of a step's loss"""
@@ -43,12 +43,12 @@ def curve(kind: str, text: Any, folder: Any, options: dict[str, Any], of_trainer
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_the_loss_curve_is_the_same(kind: str, text, tmp_path, monkeypatch) -> None:
-    """Of the compiler only the graphs that it takes; to make kernels of them takes minutes."""
+    """DINO's blocks have many shapes: of the compiler only the graphs that it takes, no kernels of them."""
     compiled = []
 
     def compile_blocks(net: Any) -> None:
         for block in transformer_blocks(net):
-            block.compile(backend="eager")
+            block.compile(backend="inductor" if kind == "mae" else "eager")
             compiled.append(block)
 
     monkeypatch.setattr(tasks.base, "compile_blocks", compile_blocks)
@@ -57,6 +57,8 @@ def test_the_loss_curve_is_the_same(kind: str, text, tmp_path, monkeypatch) -> N
     assert abs(expected[-1] / expected[0] - 1) > 0.03, "it trains"
     for name, (options, of_trainer, tolerance) in VARIANTS.items():
         found = curve(kind, text, tmp_path, options, of_trainer)
+        if (kind, name) == ("mae", "bfloat16"):
+            tolerance = 2e-3
         assert found == pytest.approx(expected, rel=tolerance), name
         if name == "bfloat16":
             assert found != pytest.approx(expected, rel=1e-6), "it is in bfloat16"
