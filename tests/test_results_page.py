@@ -34,6 +34,10 @@ VARIANTS = {
     "MoA, gates shuffled between samples": "moa_shuffled_gates",
     "LA, begun at the mean mix of a trained MoA": "la_at_mean",
     "that mean mix as a fixed activation": "la_held_at_mean",
+    "joint, nothing tied": "joint",
+    "α tied": "alpha",
+    "α and gates tied": "mixes",
+    "whole layers tied": "ffn",
     "sigmoid": "moa",
     "sigmoid, the paper's start": "paper_start",
 }
@@ -46,6 +50,7 @@ TASKS = {
         "WSD schedule": "schedule-wsd",
         "mixture of experts": "experts",
     },
+    "joint": {"MAE": "vision"},
     "scaling": {size: f"language-{size}" for size in ("24x2", "40x3", "56x4", "80x4")},
 }
 TUNED = ("at rate", "gates' factor")  # columns of a value that tuning has chosen
@@ -221,7 +226,7 @@ def test_every_comparison_of_the_published_runs_is_on_the_page() -> None:
     for table in tables(PAGE.read_text()):
         verdicts = sum(name == "verdict" for _, name, _, _ in figures(table))
         shown[table.csv] = shown.get(table.csv, 0) + verdicts
-    assert {"cross_domain", "mixing_rates", "claims", "scaling", "controls", "controls_mae"} <= shown.keys()
+    assert {"cross_domain", "mixing_rates", "claims", "scaling", "controls", "controls_mae", "joint"} <= shown.keys()
     assert shown == {name: len(study(name).judged) for name in shown}
 
 
