@@ -378,6 +378,11 @@ def test_a_checkpointed_layer_returns_the_same() -> None:
         ({"experts": 4, "balance": "luck"}, "moe.balance is 'luck'"),
         ({"experts": 4, "capacity_factor": 0.0}, "moe.capacity_factor is 0.0"),
         ({"experts": 4, "router": "expert_choice"}, "needs moe.capacity_factor"),
+        ({"experts": 4, "capacity_factor": math.nan}, "moe.capacity_factor is nan"),
+        ({"experts": 4, "capacity_factor": math.inf}, "moe.capacity_factor is inf"),
+        ({"experts": 4, "shared_experts": -1}, "moe.shared_experts is -1"),
+        ({"experts": 4, "balance_loss_weight": -0.1}, "moe.balance_loss_weight is -0.1"),
+        ({"experts": 4, "balance_bias_rate": math.inf}, "moe.balance_bias_rate is inf"),
         ({"experts": 4, "z_loss_weight": math.nan}, "moe.z_loss_weight is nan"),
     ],
 )

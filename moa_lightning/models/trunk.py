@@ -14,6 +14,7 @@ documents, because rotary scores depend on distances alone. The mask is made onc
 scaled_dot_product_attention, which has kernels with a mask for every device and dtype.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +63,12 @@ class GPTConfig:
                 raise UserError(f"gpt.{name} is {getattr(self, name)} but must be at least 1")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise UserError(f"gpt.dim {self.dim} must be an even multiple of gpt.num_heads {self.num_heads}")
-        if self.num_heads % (self.num_kv_heads or self.num_heads):
+        if self.num_kv_heads is not None and self.num_kv_heads < 1:
+            raise UserError(f"gpt.num_kv_heads is {self.num_kv_heads}; give a number of at least 1, or null")
+        if self.num_heads % self.kv_heads:
             raise UserError(f"gpt.num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if not 0 < self.rope_theta < math.inf:
+            raise UserError(f"gpt.rope_theta is {self.rope_theta}; give a finite number above 0")
 
     @property
     def head_dim(self) -> int:
@@ -71,7 +76,7 @@ class GPTConfig:
 
     @property
     def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 def rotary_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

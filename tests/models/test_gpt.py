@@ -211,6 +211,13 @@ def test_an_input_longer_than_the_context_is_refused() -> None:
         ({"dim": 30, "num_heads": 4}, "gpt.dim 30"),
         ({"dim": 20, "num_heads": 4}, "gpt.dim 20"),  # heads of width 5 have no pairs to rotate
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads 3"),
+        ({"num_kv_heads": 0}, "gpt.num_kv_heads is 0"),
+        ({"num_kv_heads": -1}, "gpt.num_kv_heads is -1"),
+        ({"num_kv_heads": -2}, "gpt.num_kv_heads is -2"),
+        ({"rope_theta": 0.0}, "gpt.rope_theta is 0.0"),
+        ({"rope_theta": -1.0}, "gpt.rope_theta is -1.0"),
+        ({"rope_theta": float("inf")}, "gpt.rope_theta is inf"),
+        ({"rope_theta": float("nan")}, "gpt.rope_theta is nan"),
         ({"num_heads": 0}, "gpt.num_heads is 0"),
         ({"depth": 0}, "gpt.depth is 0"),
     ],
