@@ -122,8 +122,9 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
     """Learning rate of optimiser step `step` (0 is the first) in units of the peak, of a config `of_run`."""
     warmup = config.warmup_steps
     assert warmup is not None
-    if step < warmup:
-        return (step + 1) / warmup
+    rising = (step + 1) / warmup if step < warmup else math.inf
+    if step < warmup and config.schedule != "wsd":
+        return rising
     progress = (step - warmup) / max(1, total_steps - warmup)
     if config.schedule == "constant":
         return 1.0
@@ -135,7 +136,8 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
         left = min(1.0, max(0.0, total_steps - step) / max(1.0, config.decay_fraction * total_steps))
         if config.decay_shape == "1-sqrt":
             left = 1 - math.sqrt(1 - left)
-    return config.final_lr_factor + (1 - config.final_lr_factor) * left
+    # WSD's decay belongs to the end of the run and may begin before the warm-up is over
+    return min(rising, config.final_lr_factor + (1 - config.final_lr_factor) * left)
 
 
 def group_name(name: str, domain: str | None) -> str:
@@ -214,10 +216,11 @@ def check_branch(
     Raises:
         UserError: the decay has begun there and not here, or here and not there, or is another one.
     """
-    step = schedule.last_epoch
-    if config.schedule != "wsd" or step < max(1, config.warmup_steps or 0):
-        return
+    step, warmup = schedule.last_epoch, config.warmup_steps or 0
     wanted = learning_rate_factor(step, total_steps, config)
+    rises = step < warmup and (wanted == (step + 1) / warmup or step >= total_steps)
+    if config.schedule != "wsd" or step < 1 or rises:
+        return
     for group, peak, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule._last_lr, strict=True):
         own = str(group.get("name", "")).endswith(group_name("", domain))
         if own and peak and not math.isclose(rate, peak * wanted, rel_tol=1e-6, abs_tol=1e-9 * peak):

@@ -4,6 +4,7 @@ import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,6 +67,28 @@ def test_before_its_decay_a_run_of_any_length_is_the_constant_one() -> None:
     for total in (100, 200, 400):
         stable = round(total * 0.75) + 1
         assert factors(total=total, schedule="wsd", decay_fraction=0.25)[:stable] == constant[:stable]
+
+
+@pytest.mark.parametrize("shape", ["linear", "1-sqrt"])
+@pytest.mark.parametrize(("warmup", "decay", "total"), [(50, 0.8, 100), (50, 1.0, 60), (30, 0.5, 40), (50, 0.2, 52)])
+def test_a_decay_that_begins_within_the_warm_up_is_no_jump(shape: str, warmup: int, decay: float, total: int) -> None:
+    found = factors(total=total, warmup_steps=warmup, schedule="wsd", decay_fraction=decay, decay_shape=shape)
+    falling = factors(total=total, warmup_steps=0, schedule="wsd", decay_fraction=decay, decay_shape=shape)
+    peak = found.index(max(found))
+    assert found[:peak] == [(step + 1) / warmup for step in range(peak)]
+    assert found[peak + 1 :] == falling[peak + 1 :]
+    assert max(a - b for a, b in pairwise(found)) <= max(a - b for a, b in pairwise(falling))
+
+
+def test_a_decay_within_the_warm_up_is_no_branch_of_a_constant_run() -> None:
+    config = OptimizerConfig(schedule="wsd", decay_fraction=0.8, warmup_steps=50)
+    for step, fits in ((30, True), (45, False)):
+        schedule = build_optimizer(nn.Linear(2, 2), replace(config, schedule="constant"), 100)["lr_scheduler"]
+        with warnings.catch_warnings(action="ignore"):
+            for _ in range(step):
+                schedule["scheduler"].step()
+        with nullcontext() if fits else pytest.raises(UserError, match=f"checkpoint of step {step} has"):
+            check_branch(schedule["scheduler"], config, 100)
 
 
 def test_constant_stays_constant_whatever_the_final_factor() -> None:
