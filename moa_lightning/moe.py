@@ -80,6 +80,11 @@ class MoEConfig:
             )
 
     @property
+    def chooses_from_sequences(self) -> bool:
+        """Whether experts choose tokens, so that outputs depend on a whole sequence."""
+        return bool(self.experts) and self.router == "expert_choice"
+
+    @property
     def balances_by_bias(self) -> bool:
         return self.router == "token_choice" and self.balance == "bias"
 

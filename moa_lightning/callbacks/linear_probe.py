@@ -74,7 +74,7 @@ class OnlineProbe(L.Callback):
         counts = torch.zeros(2, dtype=torch.long, device=pl_module.device) if self._right is None else self._right
         self._right = None
         counts = trainer.strategy.reduce(counts, reduce_op="sum")
-        if counts[1] > 0:
+        if counts[1] > 0 and self.probe.state["steps"] > 0:  # one that saw no label yet has nothing to say
             task = getattr(pl_module, "parts", {}).get(VISION, pl_module)  # of a joint run the one with images
             task.log(f"{split}/linear_top1", 100.0 * counts[0] / counts[1])
 

@@ -36,7 +36,7 @@ class GPT(Trunk):
         seed: int = 0,
         moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
     ) -> None:
-        if moe.experts and moe.router == "expert_choice" and not moe.see_later_tokens:
+        if moe.chooses_from_sequences and not moe.see_later_tokens:
             raise UserError(
                 "moe.router 'expert_choice' lets outputs depend on later tokens, which a causal model must not see; "
                 "choose 'token_choice', or set moe.see_later_tokens to true for an experiment that knows it"

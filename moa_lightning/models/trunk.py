@@ -241,7 +241,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config, self.ffn, self.moe, self.context_length = config, ffn, moe, context_length
         self.routing: Routing | None = None
-        self.chooses_from_sequences = bool(moe.experts) and moe.router == "expert_choice"
+        self.chooses_from_sequences = moe.chooses_from_sequences
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.embed_scale = None if ffn.pointwise_norm == "none" else Scale(1 / EMBEDDING_STD)
         self.blocks = nn.ModuleList(

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from moa_lightning.callbacks import MultipleChoice
+from moa_lightning.errors import UserError
 from moa_lightning.evaluation.multiple_choice import read_questions
+from moa_lightning.moe import MoEConfig
 from tests.evaluation.test_multiple_choice import HELLASWAG, write
 from tests.tasks.conftest import data_for, task, trainer
 
@@ -55,3 +57,12 @@ def test_a_validation_answers_as_a_slow_reference(text, tmp_path: Path) -> None:
         model.net.double()
         flat = torch.tensor([value for sums in expected for value in sums], dtype=torch.float64)
         assert torch.allclose(found, flat, rtol=1e-5, atol=1e-4)
+
+
+def test_experts_that_choose_tokens_answer_no_questions(text, tmp_path: Path) -> None:
+    """What they make of an ending would depend on how far its row is filled up."""
+    moe = MoEConfig(2, router="expert_choice", capacity_factor=1.0, see_later_tokens=True)
+    choices = MultipleChoice(write(tmp_path / "own.jsonl", HELLASWAG))
+    run = trainer(1, tmp_path, callbacks=[choices])
+    with pytest.raises(UserError, match=r"--choices need .* experts that choose tokens"):
+        run.validate(task("language", moe=moe), datamodule=data_for("language", text), verbose=False)
