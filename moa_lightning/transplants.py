@@ -11,7 +11,7 @@ what it computed before; likewise LA as MoA. Parameters that the mixes add keep 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,12 @@ def check_dictionary(mix: MixCoefficients, given: GivenMix, path: Path) -> None:
 
 
 @torch.no_grad()
-def load_weights(net: nn.Module, source: str, left: tuple[str, ...] = ()) -> Path | None:
+def load_weights(
+    net: nn.Module,
+    source: str,
+    left: tuple[str, ...] = (),
+    check: Callable[[Mapping[str, Any], Path], None] = lambda checkpoint, path: None,
+) -> Path | None:
     """Give a net, sharded or not, the weights of another run; mixes with a start of their own keep it.
 
     Every process reads the checkpoint.
@@ -194,6 +199,7 @@ def load_weights(net: nn.Module, source: str, left: tuple[str, ...] = ()) -> Pat
     Args:
         source: a run's folder, or a checkpoint.
         left: how the names begin of what either side keeps to itself, such as the head of another objective.
+        check: raises UserError for a checkpoint, and its path, that is refused for more than its weights.
 
     Returns:
         The source, where it has no checkpoint.
@@ -207,6 +213,7 @@ def load_weights(net: nn.Module, source: str, left: tuple[str, ...] = ()) -> Pat
         return Path(source)
     content = RunCheckpointIO().load_checkpoint(path)
     refuse_joint(content, path)
+    check(content, path)
     given = net_weights(content)  # those that the run evaluates
     own: dict[str, Tensor] = net.state_dict()
     given, own = ({n: t for n, t in side.items() if not n.startswith(left)} for side in (given, own))

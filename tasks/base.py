@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import lightning as L
@@ -186,11 +187,24 @@ class Task(L.LightningModule):
         """Give the net the weights of another run, where `weights_from` names one."""
         if self.weights_from is None:
             return
-        missing = load_weights(self.net, self.weights_from, self.own_start)
+        missing = load_weights(self.net, self.weights_from, self.own_start, self.check_start)
         if missing is None:
             self.starts.append(f"weights from {self.weights_from}")
         else:
             self.missing_starts.append(f"model.weights_from: there is no {missing}; name a run that has saved")
+
+    def check_start(self, checkpoint: Mapping[str, Any], path: Path) -> None:
+        """UserError where the weights of a checkpoint would compute something else in this net, though they fit it."""
+        there, here = map(self.shapeless, (checkpoint.get("hyper_parameters", {}), self.hparams))
+        for name, value in there.items():
+            if None not in (value, here[name]) and value != here[name]:
+                raise UserError(
+                    f"the weights of '{path}' were trained with {name} {value}, and here it is {here[name]}; match it"
+                )
+
+    def shapeless(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Of hyper-parameters those that change what the net computes and no shape of a weight; None: not known."""
+        return {}
 
     def watch(self) -> None:
         """Hang on the finished net what a training step leaves for callbacks."""

@@ -1,5 +1,7 @@
 """What the tasks of a GPT share: its settings, and what its routers add to the loss."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +18,12 @@ from .base import Task, as_config
 TOKENIZER_KEY = "tokenizer_sha256"  # in a checkpoint
 
 
-def check_tokenizer(checkpoint: dict[str, Any], tokenizer: Any, name: str) -> None:
+def check_tokenizer(
+    checkpoint: Mapping[str, Any], tokenizer: Any, name: str, trained: str = "the checkpoint was"
+) -> None:
     """UserError where a checkpoint is of a net that was trained with another tokenizer."""
     if checkpoint.get(TOKENIZER_KEY, tokenizer.sha256) != tokenizer.sha256:
-        raise UserError(f"{name} ({tokenizer.name}) is not the one that the checkpoint was trained with; give that one")
+        raise UserError(f"{name} ({tokenizer.name}) is not the one that {trained} trained with; give that one")
 
 
 class GPTTask(Task):
@@ -68,9 +72,28 @@ class GPTTask(Task):
             checkpoint[TOKENIZER_KEY] = tokenizer.sha256
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_tokenizer(checkpoint)
+
+    def _check_tokenizer(self, checkpoint: Mapping[str, Any], *trained: str) -> None:
         tokenizer = None if self._trainer is None else getattr(self.data, "tokenizer", None)
         if tokenizer is not None:
-            check_tokenizer(checkpoint, tokenizer, "the data's tokenizer")
+            check_tokenizer(checkpoint, tokenizer, "the data's tokenizer", *trained)
+
+    def check_start(self, checkpoint: Mapping[str, Any], path: Path) -> None:
+        self._check_tokenizer(checkpoint, f"the weights of '{path}' were")
+        super().check_start(checkpoint, path)
+
+    def shapeless(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Experts may choose tokens where tokens chose experts, and with another capacity."""
+        gpt, moe = options.get("gpt") or {}, options.get("moe") or {}
+        heads = gpt.get("num_heads")
+        chosen = moe.get("top_k") if moe.get("experts") and moe.get("router") == "token_choice" else None
+        return {
+            "gpt.num_heads": heads,
+            "gpt.num_kv_heads": gpt.get("num_kv_heads") or heads,
+            "gpt.rope_theta": gpt.get("rope_theta"),
+            "moe.top_k": chosen,
+        }
 
     def trunk(self) -> nn.Module:
         return self.net

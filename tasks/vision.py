@@ -5,6 +5,7 @@ The data module's evaluation loaders are [bank, query]: labelled training images
 classify.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,6 +56,10 @@ class SelfSupervised(Task):
         self.missing_weights = None if file is None or given_checkpoint(file) is not None else file
         if file is not None and self.missing_weights is None:
             self.starts = [load_encoder(encoder, file) for encoder in encoders][:1]
+
+    def shapeless(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        heads = (options.get("backbone_args") or {}).get("num_heads")
+        return {"backbone_args.num_heads": heads, "decoder_heads": options.get("decoder_heads")}
 
     def on_train_start(self) -> None:
         super().on_train_start()
