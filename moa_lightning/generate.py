@@ -3,7 +3,7 @@
 The checkpoint says what the net is, the config.yaml of its run which data module turned text into tokens, and the
 tokenizer.json of its run how (bytes need none); the data themselves are not read. One text is written as it comes;
 several (samples of a prompt, or prompts from a file, one a line) are written one after another, each under a line that
-counts them.
+counts them. A text ends where the net draws the token between documents, or goes on there with --past_end.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def _parser() -> Parser:
     given.add_argument("--prompt", help="text to continue")
     given.add_argument("--prompt_file", type=Path, help="file with a prompt on each line")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add (default 200)")
+    parser.add_argument("--past_end", action="store_true", help="go on where a text ends, after an empty line")
     parser.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt (default 1)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
@@ -195,14 +196,18 @@ def _write(
     device = next(net.parameters()).device
     start = torch.tensor([tokens] * options.num_samples, device=device)
     generator = torch.Generator().manual_seed(options.seed)
-    new = continuation(net, start, options.max_new_tokens, generator, sampling, data.vocab_size)
+    separator, pieces = data.tokenizer.separator, list(data.tokenizer.pieces)
+    pieces[separator] = b"\n\n" if options.past_end else b""
+    stop = None if options.past_end else separator
+    new = continuation(net, start, options.max_new_tokens, generator, sampling, data.vocab_size, stop)
     if not alone:
         for sample, row in enumerate(torch.cat(list(new), dim=1).tolist(), start=1):
-            print(f"--- prompt {number}, sample {sample}\n{prompt}{data.decode(row)}", flush=True)
+            text = b"".join(pieces[token] for token in row).decode(errors="replace")
+            print(f"--- prompt {number}, sample {sample}\n{prompt}{text}", flush=True)
         return
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of an unfinished character
     sys.stdout.write(prompt)
     for token in new:
-        sys.stdout.write(decoder.decode(data.tokenizer.pieces[int(token)]))
+        sys.stdout.write(decoder.decode(pieces[int(token)]))
         sys.stdout.flush()
     print(decoder.decode(b"", final=True), flush=True)

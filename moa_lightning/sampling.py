@@ -84,15 +84,18 @@ def continuation(
     generator: torch.Generator,
     sampling: Sampling,
     ids: int | None = None,
+    stop: int | None = None,
 ) -> Iterator[Tensor]:
     """Tokens that follow, int64 (B, 1) each, for prompts (B, T) of one length, of which the last context counts.
 
     Args:
         generator: on the CPU.
         ids: draw from token ids below it, where a vocabulary was padded; None: from all.
+        stop: a row that has drawn this token has no other behind it, and after all rows nothing follows; None: no end.
     """
     text = tokens[:, -net.context_length :]
     cache, unread = net.new_cache(), text
+    ended = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
     for _ in range(new_tokens):
         if text.shape[1] > net.context_length:
             text = text[:, -max(1, net.context_length // 2) :]
@@ -100,5 +103,10 @@ def continuation(
         with torch.compiler.set_stance("force_eager"):  # a graph for every length would be compiled
             logits = net(text if cache is None else unread, cache, last=1)[:, -1, :ids]
         unread = torch.multinomial(sampling.probabilities(logits).cpu(), 1, generator=generator).to(tokens.device)
+        if stop is not None:
+            unread = unread.masked_fill(ended, stop)
+            ended = unread == stop
         text = torch.cat([text, unread], dim=1)
         yield unread
+        if stop is not None and bool(ended.all()):
+            return

@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa_lightning import FFNConfig
 from moa_lightning.errors import UserError
+from moa_lightning.models import GPT, GPTConfig
+from moa_lightning.moe import MoEConfig
 from moa_lightning.sampling import Sampling, continuation
+from tests.models.nets import shake
 
 LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
 
@@ -90,3 +94,28 @@ def test_of_a_long_prompt_the_last_context_counts() -> None:
     new = continuation(net, torch.arange(10)[None], 1, torch.Generator(), Sampling(temperature=0.0))
     assert [token.item() for token in new] == [10]
     assert net.read == [[4, 5, 6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_rows_stop_each_at_its_end_and_are_otherwise_what_they_were(
+    cached: bool, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than the context, so that it is read again meanwhile."""
+    net = shake(GPT(GPTConfig(depth=2, dim=24, num_heads=2), FFNConfig("moa"), 13, 10, moe=MoEConfig(experts)))
+    net, prompts = net.eval(), torch.tensor([[1, 2, 3]] * 3)
+    if not cached:
+        monkeypatch.setattr(net, "new_cache", lambda: None)
+
+    def rows(stop: int | None) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(5)
+        return torch.cat(list(continuation(net, prompts, 60, generator, Sampling(), stop=stop)), 1).tolist()
+
+    free, stopped = rows(None), rows(7)
+    ends = [row.index(7) for row in free]
+    assert len(set(ends)) == 3, "rows that end at different places"
+    assert [row[: end + 1] for row, end in zip(stopped, ends, strict=True)] == [
+        row[: end + 1] for row, end in zip(free, ends, strict=True)
+    ]
+    assert all(set(row[end:]) == {7} for row, end in zip(stopped, ends, strict=True))
+    assert len(stopped[0]) == max(ends) + 1 < 60

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from data.tokenizer import open_tokenizer
+from data.tokenizer import open_tokenizer, train_bpe
 from moa_lightning import generate
 from moa_lightning.sampling import Sampling
 from tests.cli.conftest import TEXT, Moa
@@ -105,6 +105,52 @@ def test_characters_of_several_bytes_are_not_torn(capsys: pytest.CaptureFixture[
         options = generate._parser().parse_args(["--ckpt_path", "a", "--prompt", "x", *count])
         generate._write(Spelling(text), Bytes, "x", [1], 1, Sampling(0.0), options, alone=True)
         assert capsys.readouterr().out == f"x{text.decode(errors='replace')}\n"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_a_text_ends_at_the_token_between_documents(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = kind
+    if kind == "bpe":
+        name = str(tmp_path / "t.json")
+        train_bpe(["ab cd ab cd"], 258).save(name)
+
+    class Data:
+        tokenizer = open_tokenizer(name)
+        vocab_size = len(tokenizer.pieces)
+
+    def ids(text: str) -> list[int]:
+        return Data.tokenizer.encode([text.encode()])[0].tolist()
+
+    end = Data.tokenizer.separator
+    texts = [[*ids("xy"), end, *ids("dcx")], [*ids("zxyd"), end, *ids("c")]]
+
+    class Reciting:
+        context_length, weight = 64, torch.zeros(1)
+
+        def parameters(self):
+            return iter([self.weight])
+
+        def new_cache(self) -> None:
+            return None
+
+        def __call__(self, tokens: torch.Tensor, cache: None, *, last: int) -> torch.Tensor:
+            place = tokens.shape[1] - 1
+            following = torch.tensor([[row[place]] for row in texts[: len(tokens)]])
+            return torch.nn.functional.one_hot(following, Data.vocab_size).float()
+
+    def written(*more: str, alone: bool) -> str:
+        given = ["--ckpt_path", "a", "--prompt", "p", "--max_new_tokens", "6", *more]
+        options = generate._parser().parse_args([*given, "--num_samples", "1" if alone else "2"])
+        generate._write(Reciting(), Data, "p", [1], 1, Sampling(0.0), options, alone)
+        return capsys.readouterr().out
+
+    assert written(alone=True) == "pxy\n"
+    assert written("--past_end", alone=True) == "pxy\n\ndcx\n"
+    first, second = "--- prompt 1, sample 1\n", "--- prompt 1, sample 2\n"
+    assert written(alone=False) == f"{first}pxy\n{second}pzxyd\n"
+    assert written("--past_end", alone=False) == f"{first}pxy\n\ndcx\n{second}pzxyd\n\nc\n"
 
 
 def test_a_text_is_written_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
