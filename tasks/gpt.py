@@ -84,14 +84,14 @@ class GPTTask(Task):
         super().check_start(checkpoint, path)
 
     def shapeless(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Experts may choose tokens where tokens chose experts, and with another capacity."""
+        """Experts may choose tokens where tokens chose experts, and with another capacity; rotary angles may be stretched
+        for a longer context."""
         gpt, moe = options.get("gpt") or {}, options.get("moe") or {}
         heads = gpt.get("num_heads")
         chosen = moe.get("top_k") if moe.get("experts") and moe.get("router") == "token_choice" else None
         return {
             "gpt.num_heads": heads,
             "gpt.num_kv_heads": gpt.get("num_kv_heads") or heads,
-            "gpt.rope_theta": gpt.get("rope_theta"),
             "moe.top_k": chosen,
         }
 

@@ -43,7 +43,7 @@ def begin(model: Task, module: Any, folder: Path) -> Path:
     ("kind", "options", "message"),
     [
         ("language", {"num_heads": 2, "num_kv_heads": None}, "gpt.num_heads 4, and here it is 2; match it"),
-        ("language", {"rope_theta": 500.0}, "gpt.rope_theta 10000.0, and here it is 500.0"),
+        ("language", {"rope_theta": 500_000.0}, None),  # for a longer context
         ("language", {"moe": {"top_k": 1}}, "moe.top_k 2, and here it is 1"),
         ("language", {"num_kv_heads": None}, None),  # as many as query heads
         ("language", {"moe": {"capacity_factor": 2.0, "z_loss_weight": 0.0}}, None),
