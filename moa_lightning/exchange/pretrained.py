@@ -27,6 +27,7 @@ from ..checkpoints import RunCheckpointIO
 from ..errors import UserError
 from ..feedforward import FeedForward, MixedLayer
 from ..mixing import FixedActivation, MixCoefficients
+from ..optim import net_weights
 from ..run_folder import given_checkpoint
 from ..transplants import own_starts
 from .timm_models import HEADS
@@ -109,6 +110,8 @@ def no_weights(path: str) -> str:
 def read_weights(path: str) -> Weights:
     """The tensors of a file, or of a run's last checkpoint, by name, and what it says of the feed-forward layers.
 
+    Of a run with an average they are those that it evaluates.
+
     Raises:
         UserError: it cannot be read.
     """
@@ -127,6 +130,8 @@ def read_weights(path: str) -> Weights:
     if not isinstance(content, dict):
         raise UserError(f"weights '{path}' are no tensors by name; give another file")
     ffn = _ffn(content.get("hyper_parameters"))
+    if ffn is not None and (of_run := net_weights(content)):
+        return Weights(of_run, ffn)
     for envelope in ENVELOPES:
         inside = content.get(envelope)
         if isinstance(inside, dict):

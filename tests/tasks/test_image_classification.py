@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import data
 from moa_lightning.errors import UserError
-from moa_lightning.optim import OptimizerConfig
+from moa_lightning.optim import OptimizerConfig, net_weights
 from tasks import ImageClassification
 from tests.models.nets import fragment
 from tests.tasks.conftest import VIT, data_for, task, trainer
@@ -166,6 +166,29 @@ def test_it_starts_from_a_run_and_goes_on_without_it(kind: str, tmp_path: Path) 
     (tmp_path / "unsaved/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"model\.backbone_weights: there is no .*unsaved"):
         trainer(1, tmp_path).fit(classification(backbone_weights=str(tmp_path / "unsaved")), datamodule=digits())
+
+
+@pytest.mark.parametrize("kind", ["mae", "dino", "classification"])
+@pytest.mark.parametrize("evaluate", ["average", "last"])
+def test_of_a_run_with_an_average_it_takes_what_that_evaluates(kind: str, evaluate: Any, tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(lr=5e-3, average_decay=0.9, evaluate=evaluate)
+    run = trainer(3, tmp_path, limit_train_batches=3, limit_val_batches=0)
+    run.fit(task(kind, "gelu", optimizer=optimizer), datamodule=data_for(kind, tmp_path))
+    path = tmp_path / "pretrained.ckpt"
+    run.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    model = classification("gelu", backbone_weights=str(path), image_size=28, channels=1, num_classes=10)
+    model.configure_model()
+    place = {"mae": "encoder.", "dino": "teacher.backbone.", "classification": "vit."}[kind]
+    taken, apart = 0, 0
+    for name, tensor in net_weights(content, evaluate).items():
+        own = name.removeprefix(place)
+        if name.startswith(place) and own.startswith(("blocks", "patch", "pos", "cls")):
+            assert torch.equal(model.net.vit.state_dict()[own], tensor), name
+            other = net_weights(content, "last" if evaluate == "average" else "average")[name]
+            taken, apart = taken + 1, apart + (not torch.equal(other, tensor))
+    assert taken > 20
+    assert (apart > 20) == (kind != "dino")  # a teacher is the net's own, and no average of it is kept
 
 
 def test_a_resumed_run_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
