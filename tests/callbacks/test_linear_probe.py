@@ -86,3 +86,20 @@ def test_without_labels_there_is_no_probe(tmp_path) -> None:
     assert callback.probe is None
     assert "val/linear_top1" not in run.callback_metrics
     assert "val/feature_rank" in run.callback_metrics
+
+
+def test_a_probe_that_saw_no_label_reports_nothing(tmp_path) -> None:
+    """As on stl10_unlabelled, whose held-out images have labels."""
+    module, callback = data_for("mae", tmp_path), OnlineProbe()
+    module.setup()
+    labels = module.splits["train"].labels
+    module.splits["train"].labels = torch.full_like(labels, -1)
+    run = trainer(2, tmp_path, callbacks=[callback], limit_train_batches=2)
+    run.fit(task("mae"), datamodule=module)
+    assert float(callback.probe.state["steps"]) == 0
+    assert "val/knn_top1" in run.callback_metrics
+    assert "val/linear_top1" not in run.callback_metrics
+    module.splits["train"].labels = labels
+    run = trainer(2, tmp_path, callbacks=[callback], limit_train_batches=2)
+    run.fit(task("mae"), datamodule=module)
+    assert "val/linear_top1" in run.callback_metrics
