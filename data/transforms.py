@@ -154,7 +154,8 @@ class MultiCrop(View):
 
     Args:
         local_crops: number of local crops.
-        local_size: side of a local crop, pixels: a multiple of the patch size.
+        local_size: side of a local crop, pixels: a multiple of the patch size; None: about 3/7 of a full view's, see
+            `local_side`.
         global_scale: least and largest share of the image's area in a global crop.
         local_scale: the same for a local crop.
         flip: probability of a horizontal flip; 0 for digits and text.
@@ -168,7 +169,7 @@ class MultiCrop(View):
     def __init__(
         self,
         local_crops: int = 8,
-        local_size: int = 96,
+        local_size: int | None = None,
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
         flip: float = 0.5,
@@ -182,7 +183,7 @@ class MultiCrop(View):
         check_scale("local_scale", local_scale)
         names = dict(zip(("blur of global 1", "blur of global 2", "blur of locals"), blur, strict=True))
         check_probabilities(flip=flip, jitter=jitter, grayscale=grayscale, solarize=solarize, **names)
-        if local_crops < 0 or local_size < 1:
+        if local_crops < 0 or (local_size is not None and local_size < 1):
             raise UserError(f"local_crops is {local_crops} and local_size {local_size}: they must be at least 0 and 1")
         if not 0 < blur_sigma[0] <= blur_sigma[1]:
             raise UserError(f"blur_sigma is {blur_sigma} but must be two numbers above 0, the smaller first")
@@ -192,13 +193,26 @@ class MultiCrop(View):
         self.blur, self.blur_sigma = blur, blur_sigma
 
     def build(self, size: int) -> list[Transform]:
+        side = local_side(size) if self.local_size is None else self.local_size
+        if self.local_crops and side > size:
+            raise UserError(
+                f"data.transform.local_size is {side} but data.image_size {size}: a local crop must not be larger than "
+                "a global one; give a smaller local_size, or null for one that suits the images"
+            )
         first = self._view(size, self.global_scale, self.blur[0])
         second = self._view(size, self.global_scale, self.blur[1], self.solarize)
-        local = self._view(self.local_size, self.local_scale, self.blur[2])
+        local = self._view(side, self.local_scale, self.blur[2])
         return [first, second, *[local] * self.local_crops]
 
     def _view(self, size: int, scale: tuple[float, float], blur: float, solarize: float = 0.0) -> RandomView:
         return RandomView(size, scale, self.flip, self.jitter, self.grayscale, blur, self.blur_sigma, solarize)
+
+
+def local_side(size: int) -> int:
+    """Side of a local crop of images of `size` pixels: the multiple of 16, or of a quarter of small images, that is
+    nearest to 3/7, as DINO has 96 of 224."""
+    patch = max(1, min(16, size // 4))
+    return patch * max(1, round(3 * size / (7 * patch)))
 
 
 def plain_view(size: int, crop_ratio: float = 1.0) -> Transform:

@@ -155,6 +155,22 @@ def test_plain_view_resizes_the_shorter_side_and_crops_the_centre():
 
 
 @pytest.mark.parametrize(
+    ("size", "local"), [(224, 96), (160, 64), (96, 48), (64, 32), (32, 16), (28, 14), (3, 1), (2, 1), (1, 1)]
+)
+def test_local_crops_are_smaller_than_the_image_by_themselves(size, local):
+    image = torch.zeros(1, size, size, dtype=torch.uint8)
+    views = [view(image) for view in MultiCrop(local_crops=1).build(size)]
+    assert [view.shape[-1] for view in views] == [size, size, local]
+
+
+def test_local_crops_larger_than_the_image_are_refused():
+    with pytest.raises(UserError, match=r"local_size is 96 but data\.image_size 28"):
+        Images("mnist5k", transform=MultiCrop(local_size=96)).setup()
+    assert len(MultiCrop(local_crops=0, local_size=96).build(28)) == 2  # of none the size is no matter
+    assert len(MultiCrop(local_crops=1, local_size=28).build(28)) == 3
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: SingleView(scale=(0.5, 0.2)), "scale is"),
@@ -162,6 +178,7 @@ def test_plain_view_resizes_the_shorter_side_and_crops_the_centre():
         (lambda: MultiCrop(global_scale=(0, 1)), "global_scale"),
         (lambda: MultiCrop(blur=(1, 2, 0)), "blur of global 2 is 2"),
         (lambda: MultiCrop(local_crops=-1), "local_crops is -1"),
+        (lambda: MultiCrop(local_size=0), "local_size 0"),
         (lambda: MultiCrop(blur_sigma=(0, 1)), "blur_sigma"),
     ],
 )
