@@ -13,8 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 from moa_lightning.callbacks import Collapse
-from moa_lightning.callbacks.collapse import PATIENCE, SETTLED, diagnosis
+from moa_lightning.callbacks.collapse import LEAST_SPREAD, PATIENCE, SETTLED, diagnosis
 from moa_lightning.callbacks.progress import StepProgress
+from moa_lightning.optim import OptimizerConfig
+from tasks import MAE
 from tests.tasks.conftest import data_for, task
 
 SOUND = {
@@ -37,6 +39,14 @@ SOUND = {
 )
 def test_the_diagnosis_names_what_is_wrong(change: dict[str, float], word: str) -> None:
     found = diagnosis({**SOUND, **change})
+    assert word in found
+    assert bool(found) == bool(word)
+
+
+@pytest.mark.parametrize(("spread", "rank", "word"), [(7e-4, 1.48, ""), (3e-5, 1.07, "alike"), (0.5, 1.1, "line")])
+def test_without_a_teacher_only_a_rank_of_about_one_is_a_collapse(spread: float, rank: float, word: str) -> None:
+    """Of a sound MAE at its lowest, of one that a learning rate of 0.3 had ruined, and of features on a line."""
+    found = diagnosis({"train/feature_spread": spread, "train/feature_rank": rank})
     assert word in found
     assert bool(found) == bool(word)
 
@@ -118,24 +128,36 @@ def test_one_image_is_no_collapse(tmp_path) -> None:
     assert watcher.words == ""
 
 
-def test_a_dino_that_is_forced_to_collapse_is_found_and_a_sound_one_is_not(text, tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["mae", "dino"])
+def test_a_net_that_is_forced_to_collapse_is_found_and_a_sound_one_is_not(kind: str, text, tmp_path) -> None:
     """A backbone whose last norm has no scale gives every image the same features."""
     sound, forced = Collapse(), Collapse()
-    fit(task("dino", seed=0), tmp_path / "sound", 6, sound, datamodule=data_for("dino", text))
+    fit(task(kind, seed=0), tmp_path / "sound", 6, sound, datamodule=data_for(kind, text))
     assert sound.words == ""
-    model = task("dino", seed=0)
+    model = task(kind, seed=0)
     model.configure_model = lambda build=model.configure_model: (build(), _flatten(model))[0]  # type: ignore[method-assign]
-    fit(model, tmp_path / "forced", 6, forced, datamodule=data_for("dino", text))
+    fit(model, tmp_path / "forced", 6, forced, datamodule=data_for(kind, text))
     assert "collapsed" in forced.words
 
 
 def _flatten(model: Any) -> None:
-    for net in (model.net.student, model.net.teacher):
-        norm = next(
-            m for name, m in net.backbone.named_modules() if name in ("norm", "fc_norm") and hasattr(m, "weight")
-        )
+    net = model.net
+    for backbone in [net.student.backbone, net.teacher.backbone] if hasattr(net, "teacher") else [net.encoder]:
+        norm = next(m for name, m in backbone.named_modules() if name in ("norm", "fc_norm") and hasattr(m, "weight"))
         norm.weight.data.mul_(1e-3)
         norm.bias.data.fill_(1.0)
+
+
+def test_a_young_mae_whose_features_share_a_large_vector_is_sound(text, tmp_path, caplog) -> None:
+    """The quickstart's net on smaller batches."""
+    watcher, vit = Collapse(), {"embed_dim": 64, "depth": 3, "num_heads": 4, "patch_size": 4}
+    decoder = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 4}
+    model = MAE("vit_tiny_patch16_224", vit, optimizer=OptimizerConfig(warmup_steps=5), seed=0, **decoder)
+    with caplog.at_level(logging.WARNING, "moa_lightning.callbacks.collapse"):
+        fit(model, tmp_path, 40, watcher, datamodule=data_for("mae", text))
+    assert not caplog.records
+    spreads = [event.value for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train/feature_spread")]
+    assert max(spreads[-PATIENCE:]) < LEAST_SPREAD
 
 
 @pytest.fixture(scope="session")
