@@ -46,6 +46,17 @@ Recompute: TypeAlias = bool | Literal["selective"]
 IDS = ("vocab_size", "num_classes")  # sizes that must reach those of the data, and may be larger
 
 
+def check_numbers(bounds: str, **options: float | None) -> None:
+    """Raise UserError for an option outside an interval such as "(0, 1]"; None is one left open."""
+    low, high = map(float, bounds[1:-1].split(","))
+    least = f"{'at least' if '[' in bounds else 'above'} {low:g}"
+    most = f"{'at most' if ']' in bounds else 'below'} {high:g}" if high < math.inf else "finite"
+    for name, value in options.items():
+        at_open_end = (value == low and "[" not in bounds) or (value == high and "]" not in bounds)
+        if value is not None and (at_open_end or not low <= value <= high):
+            raise UserError(f"model.{name} is {value} but must be {least} and {most}")
+
+
 def as_config(kind: type[Config], value: Any) -> Config:
     """A config dataclass from itself or from plain values, as checkpoints hold them."""
     return value if isinstance(value, kind) else kind(**value)

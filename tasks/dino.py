@@ -18,7 +18,7 @@ from moa_lightning.models import SelfDistillation
 from moa_lightning.models.dino import MaskedOutputs
 from moa_lightning.optim import DECAYING, OptimizerConfig, cosine_schedule, is_of_kind, total_norm
 
-from .base import Recompute, as_config
+from .base import Recompute, as_config, check_numbers
 from .vision import SelfSupervised
 
 LONG_RUN = 10_000  # steps
@@ -125,11 +125,23 @@ class DINO(SelfSupervised):
         self.ibot = None if ibot is None else as_config(IBOTConfig, ibot)
         if centering not in get_args(Centering):
             raise UserError(f"model.centering is '{centering}'; choose from {', '.join(get_args(Centering))}")
-        if not 0 < layer_decay <= 1 or not 0 < patch_embed_rate <= 1:
-            raise UserError(
-                f"model.layer_decay is {layer_decay} and model.patch_embed_rate {patch_embed_rate}; give numbers above "
-                "0 and at most 1"
-            )
+        check_numbers("[2, inf)", out_dim=out_dim)
+        check_numbers("[1, inf)", head_hidden_dim=head_hidden_dim, head_bottleneck_dim=head_bottleneck_dim)
+        check_numbers(
+            "(0, inf)",
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            teacher_temperature_start=teacher_temperature_start,
+        )
+        check_numbers("[0, 1)", drop_path_rate=drop_path_rate, freeze_last_layer=freeze_last_layer)
+        check_numbers(
+            "[0, 1]",
+            teacher_temperature_warmup=teacher_temperature_warmup,
+            teacher_momentum=teacher_momentum,
+            center_momentum=center_momentum,
+        )
+        check_numbers("[0, inf)", koleo_weight=koleo_weight, final_weight_decay=final_weight_decay)
+        check_numbers("(0, 1]", layer_decay=layer_decay, patch_embed_rate=patch_embed_rate)
         self.keep_hyperparameters(
             locals(), backbone_args=backbone_args or {}, ffn=self.ffn, ibot=self.ibot, optimizer=self.optimizer_config
         )

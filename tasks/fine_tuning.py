@@ -7,19 +7,6 @@ from lightning import LightningModule
 from moa_lightning.errors import UserError
 
 
-def check_layer_decay(value: float) -> None:
-    """Raise UserError for a layer decay that makes no sense."""
-    if not 0 < value <= 1:
-        raise UserError(f"layer_decay is {value} but must be above 0 and at most 1")
-
-
-def check_shares(**shares: float) -> None:
-    """Raise UserError for shares that make no sense; that of erased images may be 1."""
-    for name, value in shares.items():
-        if not 0 <= value < 1 and (name, value) != ("random_erasing", 1):
-            raise UserError(f"{name} is {value} but must be a share from 0 to below 1")
-
-
 def check_labelled(task: LightningModule, what: str) -> None:
     """Raise UserError where a training sample has no label: a negative class, or NaN for a number.
 

@@ -27,8 +27,8 @@ from moa_lightning.models import ImageClassifier
 from moa_lightning.optim import OptimizerConfig
 from moa_lightning.run_folder import given_checkpoint
 
-from .base import Recompute, Task, as_config
-from .fine_tuning import check_labelled, check_layer_decay, check_shares
+from .base import Recompute, Task, as_config, check_numbers
+from .fine_tuning import check_labelled
 from .vision import BANK, token_classes
 
 log = logging.getLogger(__name__)
@@ -95,10 +95,11 @@ class ImageClassification(Task):
         activation_checkpointing: Recompute = False,
     ) -> None:
         super().__init__(optimizer, seed, compile, activation_checkpointing)
-        check_layer_decay(layer_decay)
-        check_shares(drop_path_rate=drop_path_rate, label_smoothing=label_smoothing, random_erasing=random_erasing)
-        if min(mixup, cutmix) < 0:
-            raise UserError(f"mixup is {mixup} and cutmix {cutmix}: they must not be negative; 0 switches them off")
+        check_numbers("(0, 1]", layer_decay=layer_decay)
+        check_numbers("[0, 1)", drop_path_rate=drop_path_rate, label_smoothing=label_smoothing)
+        check_numbers("[0, 1]", random_erasing=random_erasing)
+        check_numbers("[0, inf)", mixup=mixup, cutmix=cutmix)
+        check_numbers("[1, inf)", num_classes=num_classes)
         self.ffn = as_config(FFNConfig, ffn)
         self.keep_hyperparameters(
             locals(), backbone_args=backbone_args or {}, ffn=self.ffn, optimizer=self.optimizer_config

@@ -14,7 +14,7 @@ from moa_lightning.models import MaskedAutoencoder
 from moa_lightning.optim import OptimizerConfig
 from moa_lightning.random import uniform
 
-from .base import Recompute, as_config
+from .base import Recompute, as_config, check_numbers
 from .vision import PICTURES, SelfSupervised, picture
 
 MASK_STREAM = 1  # separates the masks from other uses of a sample's seed
@@ -66,6 +66,7 @@ class MAE(SelfSupervised):
         weights_from: str | None = None,
     ) -> None:
         super().__init__(optimizer, seed, compile, activation_checkpointing, weights_from)
+        check_numbers("[1, inf)", decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=decoder_heads)
         self.ffn = as_config(FFNConfig, ffn)
         self.decoder_ffn = self.ffn if decoder_ffn is None else as_config(FFNConfig, decoder_ffn)
         self.normalize_pixels = normalize_pixels

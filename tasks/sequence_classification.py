@@ -21,8 +21,8 @@ from moa_lightning.models.sequence_classifier import HEAD
 from moa_lightning.moe import MoEConfig
 from moa_lightning.optim import OptimizerConfig
 
-from .base import Recompute
-from .fine_tuning import check_labelled, check_layer_decay, check_shares
+from .base import Recompute, check_numbers
+from .fine_tuning import check_labelled
 from .gpt import GPTTask
 
 
@@ -71,8 +71,8 @@ class SequenceClassification(GPTTask):
         moe: MoEConfig = MoEConfig(),  # noqa: B008
     ) -> None:
         super().__init__(gpt, ffn, moe, optimizer, seed, compile, activation_checkpointing, weights_from)
-        check_layer_decay(layer_decay)
-        check_shares(label_smoothing=label_smoothing)
+        check_numbers("(0, 1]", layer_decay=layer_decay)
+        check_numbers("[0, 1)", label_smoothing=label_smoothing)
         if target_scale is not None and not target_scale[1] > 0:
             raise UserError(f"target_scale is {list(target_scale)}; give a mean and a standard deviation above 0")
         self.keep_hyperparameters(locals(), gpt=self.gpt, ffn=self.ffn, moe=self.moe, optimizer=self.optimizer_config)

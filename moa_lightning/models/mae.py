@@ -109,7 +109,7 @@ class MaskedAutoencoder(nn.Module):
         self.patch_size = int(self.encoder.patch_embed.patch_size[0])
         grid = tuple(self.encoder.patch_embed.grid_size)
         self.num_patches = grid[0] * grid[1]
-        if not 0 < int(self.num_patches * (1 - mask_ratio)) < self.num_patches:
+        if not 0 < mask_ratio < 1 or not 0 < int(self.num_patches * (1 - mask_ratio)) < self.num_patches:
             raise UserError(f"mask_ratio {mask_ratio} leaves none or all of {self.num_patches} patches")
         if decoder_dim % decoder_heads:
             raise UserError(f"decoder_dim {decoder_dim} must be a multiple of decoder_heads {decoder_heads}")

@@ -93,6 +93,8 @@ CASES = {
     # numbers
     "rate": (f"{FIT} --model.optimizer.lr -1", ["lr > 0"]),
     "mask": (f"{FIT} --model.mask_ratio 1.5", ["mask_ratio 1.5"]),
+    "heads": (f"{FIT} --model.decoder_heads 0", ["model.decoder_heads is 0 but must be at least 1"]),
+    "temperature": (f"{DINO} --model.student_temperature 0", ["model.student_temperature is 0.0 but must be above 0"]),
     "fraction": (f"{FIT} --data.val_fraction 2", ["val_fraction 2.0"]),
     "steps": (f"{FIT} --trainer.max_steps 0", ["trainer.max_steps is 0"]),
     "accumulate": (f"{FIT} --trainer.accumulate_grad_batches 0", ["trainer.accumulate_grad_batches is 0"]),

@@ -253,6 +253,7 @@ def test_pooling_is_the_decoders_business() -> None:
     [
         ({"mask_ratio": 1.0}, "mask_ratio 1.0"),
         ({"mask_ratio": 0.0}, "mask_ratio 0.0"),
+        ({"mask_ratio": float("nan")}, "mask_ratio nan"),
         ({"decoder_dim": 18, "decoder_heads": 4}, "decoder_dim 18"),
         ({"decoder_dim": 18, "decoder_heads": 2}, "multiple of 4, not 18"),
     ],

@@ -12,10 +12,10 @@ from moa_lightning.errors import UserError
 from moa_lightning.models import GPT
 from moa_lightning.moe import MoEConfig
 from moa_lightning.optim import OptimizerConfig
-from tasks import MAE
+from tasks import DINO, MAE, ImageClassification, Task
 from tests.data.texts import nanogpt_folder
 from tests.models.nets import fragment
-from tests.tasks.conftest import TASKS, data_for, task, trainer
+from tests.tasks.conftest import TASKS, VIT, data_for, task, trainer
 from tests.tasks.recorder import Recorder
 
 FFNS = ("gelu", "la", "moa", "moa_gated_both")
@@ -291,6 +291,49 @@ def test_a_hidden_ratio_for_a_timm_net_is_refused(text, tmp_path) -> None:
     wide = MAE("vit_tiny_patch16_224", ffn=FFNConfig(hidden_ratio=2.0))
     with pytest.raises(UserError, match="mlp_ratio"):
         trainer(1, tmp_path).fit(wide, datamodule=data_for("mae", text))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dino", {"out_dim": (0, -3, 1), "head_hidden_dim": (0, -1), "head_bottleneck_dim": (0, -1)}),
+        ("dino", {"student_temperature": (-0.1, 0.0, math.inf), "teacher_temperature": (-0.1, 0.0, math.nan)}),
+        ("dino", {"teacher_temperature_start": (0.0, -1.0), "teacher_temperature_warmup": (-1.0, 30.0)}),
+        ("dino", {"drop_path_rate": (-0.1, 1.0, 2.0), "freeze_last_layer": (-0.1, 1.0, 1.5)}),
+        ("dino", {"teacher_momentum": (2.0, -1.0, math.nan), "center_momentum": (-0.1, 1.5)}),
+        ("dino", {"koleo_weight": (-1.0, math.inf, math.nan), "final_weight_decay": (-1.0, math.inf)}),
+        ("dino", {"layer_decay": (0.0, 1.1), "patch_embed_rate": (0.0, math.nan)}),
+        ("mae", {"decoder_dim": (0, -16), "decoder_depth": (0, -1), "decoder_heads": (0, -2)}),
+        ("classification", {"drop_path_rate": (1.0, -0.1), "label_smoothing": (1.0, math.nan)}),
+        ("classification", {"mixup": (-1.0, math.nan), "cutmix": (-1.0, math.inf), "random_erasing": (-0.1, 1.1)}),
+        ("classification", {"layer_decay": (0.0, 1.1), "num_classes": (0, -1)}),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_name(kind: str, options: dict[str, tuple[float, ...]]) -> None:
+    for name, values in options.items():
+        for value in values:
+            with pytest.raises(UserError, match=rf"^model\.{name} is {value} but must be "):
+                build(kind, name, value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dino", {"teacher_momentum": 1.0, "center_momentum": 0.0, "teacher_temperature_warmup": 1.0}),
+        ("dino", {"drop_path_rate": 0.0, "freeze_last_layer": 0.0, "koleo_weight": 0.0, "final_weight_decay": None}),
+        ("dino", {"layer_decay": 1.0, "patch_embed_rate": 1.0, "teacher_temperature": None, "out_dim": None}),
+        ("mae", {"decoder_dim": 4, "decoder_depth": 1, "decoder_heads": 1}),
+        ("classification", {"random_erasing": 1.0, "mixup": 0.0, "cutmix": 0.0, "num_classes": None}),
+    ],
+)
+def test_numbers_at_the_ends_of_what_makes_sense_are_taken(kind: str, options: dict[str, float | None]) -> None:
+    for name, value in options.items():
+        assert build(kind, name, value).hparams[name] == value
+
+
+def build(kind: str, name: str, value: float | None) -> Task:
+    net = {"dino": DINO, "mae": MAE, "classification": ImageClassification}[kind]
+    return net("vit_tiny_patch16_224", VIT, **{name: value})
 
 
 def test_dino_needs_two_views(text, tmp_path) -> None:
