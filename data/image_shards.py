@@ -1,14 +1,19 @@
 """The data module for images in WebDataset shards: one image and, where known, its class number (`.cls`) a sample."""
 
+import logging
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from data.image_base import EXTENSIONS, ImageModule, LabelledImages, decode
 from data.image_sources import FOLDER_TRAITS
 from data.images import statistics
+from data.sampling import WINDOW
 from data.shards import ShardMembers, ShardSplits
+
+log = logging.getLogger(__name__)
 
 
 class ShardImages:
@@ -37,7 +42,8 @@ class ImageShards(ImageModule):
         image_size: side of a full view, pixels; None: 224.
         channels: 1 or 3; images are converted; None: 3.
         mean, std: of each channel in [0, 1]; None: ImageNet's.
-        shuffle_block: neighbouring images that stay together while 16 such blocks are mixed; 0 shuffles freely.
+        shuffle_block: neighbouring images that stay together while 16 such blocks are mixed; 0 shuffles freely. A fit
+            warns of shards in class order, of which such batches hold few classes.
         options: `ImageModule`'s.
 
     Raises:
@@ -73,6 +79,23 @@ class ImageShards(ImageModule):
         if self.images_to_predict is None:
             self.shards.read()
 
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        if stage in (None, "fit"):
+            self._warn_of_order()
+
+    @rank_zero_only
+    def _warn_of_order(self) -> None:
+        labels: Tensor = self.splits["train"].labels  # type: ignore[attr-defined]
+        if len(labels) > WINDOW * self.shuffle_block > 0 and in_class_order(labels):
+            log.warning(
+                "the shards of data.train are in class order, and a batch from %d blocks of %d neighbours holds few "
+                "classes: write them anew from the images with moa data images, which shuffles, or set "
+                "data.shuffle_block to 0, which reads from all over the shards",
+                WINDOW,
+                self.shuffle_block,
+            )
+
     def read(self) -> dict[str, LabelledImages]:
         return {
             name: LabelledImages(ShardImages(part, self.channels), torch.from_numpy(part.labels))
@@ -81,3 +104,9 @@ class ImageShards(ImageModule):
 
     def describe_source(self) -> dict[str, str | int]:
         return self.shards.facts
+
+
+def in_class_order(labels: Tensor) -> bool:
+    """Whether neighbours have the same label more often than half-way from by chance to always."""
+    chance = (labels.unique(return_counts=True)[1] / len(labels)).square().sum()
+    return bool((labels[1:] == labels[:-1]).float().mean() > (1 + chance) / 2)

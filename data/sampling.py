@@ -17,9 +17,10 @@ from moa_lightning.errors import UserError
 from moa_lightning.random import named_seed
 
 Key = tuple[int, int]
+WINDOW = 16  # blocks that are mixed with each other
 
 
-def epoch_order(size: int, seed: int, epoch: int, block: int = 0, window: int = 16) -> Tensor:
+def epoch_order(size: int, seed: int, epoch: int, block: int = 0, window: int = WINDOW) -> Tensor:
     """The order in which an epoch visits samples 0..size-1.
 
     Args:

@@ -144,6 +144,38 @@ def test_shards_feed_the_same_batches_as_every_other_source(image_shards, as_ran
     assert sum(len(batch["id"]) for batch in whole.test_dataloader()[1]) == 30  # without test shards, those of val
 
 
+@pytest.mark.parametrize(
+    ("labels", "block", "warned"),
+    [
+        ("ordered", 4, True),
+        ("ordered", 0, False),  # shuffled freely
+        ("ordered", 25, False),  # 16 blocks are more than there are
+        ("shuffled", 4, False),
+        ("one class", 4, False),
+        ("unlabelled", 4, False),
+    ],
+)
+def test_shards_in_class_order_are_warned_of(tmp_path, caplog, labels, block, warned):
+    """20 classes of 10 images; a batch from 16 blocks of 4 neighbours in class order has few of them."""
+    numbers = {
+        "ordered": range(200),
+        "shuffled": torch.randperm(200, generator=torch.Generator().manual_seed(0)).tolist(),
+    }
+    members, image = [], png(0, 8)
+    for place, n in enumerate(numbers.get(labels, [0] * 200)):
+        members += [] if labels == "unlabelled" else [(f"{place:03d}.cls", f"{n // 10}".encode())]
+        members.append((f"{place:03d}.png", image))
+    module = ImageShards(
+        write_tar(tmp_path / "s.tar", members), image_size=8, batch_size=64, shuffle_block=block, bank_size=8
+    )
+    module.setup("test")
+    assert not caplog.records
+    module.setup("fit")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warned
+    assert all("class order" in text and "data.shuffle_block to 0" in text for text in said)
+
+
 def test_text_shards_are_one_string_joined_by_nul(text_shards):
     pattern, joined = text_shards
     module = TextShards(pattern, val=pattern, context_length=16, batch_size=4)
