@@ -135,10 +135,11 @@ class ImageClassification(Task):
         return net
 
     def configure_model(self) -> None:
-        super().configure_model()
         h = self.hparams
+        sized = h["num_classes"] is not None
+        super().configure_model()
         if self._trainer is not None:
-            self.class_numbers = self._match_classes()
+            self.class_numbers = self._match_classes(not sized or self.trainer.state.fn == TrainerFn.FITTING)
         if h["mixup"] or h["cutmix"]:
             shares = {"mixup_alpha": h["mixup"], "cutmix_alpha": h["cutmix"], "label_smoothing": h["label_smoothing"]}
             self.mixing = Mixup(**shares, num_classes=h["num_classes"])
@@ -152,17 +153,27 @@ class ImageClassification(Task):
         now = self.trainer.state.fn if self._trainer is not None else None
         return now == TrainerFn.PREDICTING or (self.probed and now in (TrainerFn.TESTING, TrainerFn.VALIDATING))
 
-    def _match_classes(self) -> Tensor | None:
+    def _match_classes(self, adopt: bool) -> Tensor | None:
         """Where each class of the data stands among the run's, by name, or -1; None: their numbers are the run's.
 
+        Args:
+            adopt: the net is made for these data, and takes their names where it has none.
+
         Raises:
-            UserError: a class that the run does not have, and features are not what is asked for.
+            UserError: a class that the run does not have, or names where it has none, and features are not what is
+                asked for.
         """
         self.knows_classes = True
         count, theirs = self.hparams["num_classes"], getattr(self.data, "class_names", None)
-        if self.hparams["class_names"] is None and theirs is not None and len(theirs) <= count:
+        if adopt and self.hparams["class_names"] is None and theirs is not None and len(theirs) <= count:
             self.hparams["class_names"] = list(theirs)
         ours = self.hparams["class_names"]
+        if ours is None and theirs is not None and not adopt:
+            self._strange(
+                f"the data have names of classes ({_first(theirs)}), and the run has numbers only, which may be others",
+                "give model.class_names, the run's classes in the order of their numbers",
+            )
+            return torch.full((len(theirs),), -1)
         if ours is None or theirs is None:
             found = getattr(self.data, "num_classes", None) or 0
             if found > count:
@@ -174,8 +185,7 @@ class ImageClassification(Task):
             return None
         if unknown := [name for name in theirs if name not in ours]:
             self._strange(
-                f"the data have the class '{unknown[0]}', which the run does not know ({', '.join(ours[:10])}"
-                f"{', ...' if len(ours) > 10 else ''})",
+                f"the data have the class '{unknown[0]}', which the run does not know ({_first(ours)})",
                 "leave its images out",
             )
         if ours[: len(theirs)] == list(theirs):
@@ -279,3 +289,8 @@ class ImageClassification(Task):
 
     def flops_per_sample(self) -> float:
         return 3.0 * self.net.flops_per_image()
+
+
+def _first(names: list[str]) -> str:
+    """Ten of these, in words."""
+    return ", ".join([*names[:10], *(["..."] if len(names) > 10 else [])])

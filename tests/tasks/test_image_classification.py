@@ -1,5 +1,6 @@
 """Fine-tuning: what is trained on, what is measured, where it starts, and that it goes on exactly."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 
 import data
 from moa_lightning.errors import UserError
@@ -189,6 +191,31 @@ def test_of_a_run_with_an_average_it_takes_what_that_evaluates(kind: str, evalua
             taken, apart = taken + 1, apart + (not torch.equal(other, tensor))
     assert taken > 20
     assert (apart > 20) == (kind != "dino")  # a teacher is the net's own, and no average of it is kept
+
+
+def test_classes_without_names_are_not_taken_for_those_of_other_data(tmp_path: Path) -> None:
+    """As after a fit on shards; test and validation refuse, predictions have no labels, and given names are matched."""
+    for split, name in itertools.product(("train", "val", "test"), ("dog", "fox")):
+        (tmp_path / "wild" / split / name).mkdir(parents=True)
+        Image.new("L", (28, 28)).save(tmp_path / "wild" / split / name / "a.png")
+    wild = data.Images(str(tmp_path / "wild"), image_size=28, channels=1, batch_size=4)
+    numbered = digits()
+    numbered.setup()
+    numbered.class_names = None
+    model, run = classification(**PLAIN), trainer(1, tmp_path, limit_train_batches=1, limit_val_batches=1)
+    run.fit(model, datamodule=numbered)
+    run.test(model, datamodule=numbered, verbose=False)
+    for judge in (run.validate, run.test):
+        with pytest.raises(UserError, match=r"\(dog, fox\), and the run has numbers only.*give model\.class_names"):
+            judge(model, datamodule=wild)
+    assert model.hparams["class_names"] is None
+    assert run.predict(model, datamodule=wild)[0]["label"].tolist() == [-1, -1]
+    model.hparams["class_names"] = ["fox", "cat", "dog", *map(str, range(7))]
+    run.test(model, datamodule=wild, verbose=False)
+    assert run.predict(model, datamodule=wild)[0]["label"].tolist() == [2, 0]
+    fresh = classification(**PLAIN)
+    run.validate(fresh, datamodule=wild, verbose=False)  # a net that is made for these data
+    assert fresh.hparams["class_names"] == ["dog", "fox"]
 
 
 def test_a_resumed_run_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
