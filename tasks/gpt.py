@@ -84,8 +84,8 @@ class GPTTask(Task):
         super().check_start(checkpoint, path)
 
     def shapeless(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Experts may choose tokens where tokens chose experts, and with another capacity; rotary angles may be stretched
-        for a longer context."""
+        """Experts may choose tokens where tokens chose experts, and with another capacity; rotary angles may be
+        stretched for a longer context."""
         gpt, moe = options.get("gpt") or {}, options.get("moe") or {}
         heads = gpt.get("num_heads")
         chosen = moe.get("top_k") if moe.get("experts") and moe.get("router") == "token_choice" else None
