@@ -23,7 +23,8 @@ class MultipleChoice(L.Callback):
         files: JSONL in HellaSwag's or ARC's format (see evaluation.multiple_choice).
 
     Raises:
-        UserError: two files of one name; in `setup`, what reading them raises, or a task that models no language.
+        UserError: two files of one name; in `setup`, what reading them raises, a task that models no language or whose
+            experts choose tokens.
     """
 
     def __init__(self, files: str | list[str]) -> None:
@@ -37,6 +38,11 @@ class MultipleChoice(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(pl_module, "nll"):
             raise UserError("--choices are questions to a language model, which this run has not; leave them out")
+        if pl_module.moe.chooses_from_sequences:
+            raise UserError(
+                "--choices need a net in which a token sees none after it; experts that choose tokens (moe.router) "
+                "see an ending whole, and what fills it up: leave --choices out"
+            )
         if stage in ("fit", "validate") and "val" not in data.splits:
             raise UserError("--choices are answered at validations, and the data has no val split; give it one")
         length = pl_module.from_data("context_length")
