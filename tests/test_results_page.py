@@ -50,6 +50,11 @@ TASKS = {
         "WSD schedule": "schedule-wsd",
         "mixture of experts": "experts",
     },
+    "experts_2m": {
+        "AdamW and cosine": "adamw-cosine",
+        "AdamW and WSD": "adamw-wsd",
+        "Muon and cosine": "muon",
+    },
     "joint": {"MAE": "vision"},
     "scaling": {size: f"language-{size}" for size in ("24x2", "40x3", "56x4", "80x4")},
 }
@@ -226,7 +231,16 @@ def test_every_comparison_of_the_published_runs_is_on_the_page() -> None:
     for table in tables(PAGE.read_text()):
         verdicts = sum(name == "verdict" for _, name, _, _ in figures(table))
         shown[table.csv] = shown.get(table.csv, 0) + verdicts
-    assert {"cross_domain", "mixing_rates", "claims", "scaling", "controls", "controls_mae", "joint"} <= shown.keys()
+    assert {
+        "cross_domain",
+        "mixing_rates",
+        "claims",
+        "scaling",
+        "controls",
+        "controls_mae",
+        "joint",
+        "experts_2m",
+    } <= shown.keys()
     assert shown == {name: len(study(name).judged) for name in shown}
 
 
