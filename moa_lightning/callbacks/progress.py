@@ -57,12 +57,16 @@ class StepProgress(ProgressBar):
             self._show(trainer.global_step, self._total, trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         if trainer.state.fn == TrainerFn.FITTING:
             self._clock.pause()
         else:
             self._start_evaluation(trainer.num_val_batches)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         if trainer.state.fn == TrainerFn.FITTING:
             self._show(trainer.global_step, self._total, trainer, force=True)
         else:
