@@ -1,5 +1,6 @@
 """From the command line: a finished fixed net goes on as MoA, and what is not there is one sentence."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from tests.cli.conftest import TEXT, Moa
 RUN = " --model.gpt.dim 16 --model.gpt.num_heads 2 --trainer.val_check_interval 3 --trainer.log_every_n_steps 1"
 
 
-def first_loss(run: str) -> float:
-    names, first, *_ = (line.split(",") for line in Path(run, "metrics.csv").read_text().splitlines())
-    return float(first[names.index("train/loss")])
+def losses(run: str, name: str = "train/loss") -> dict[int, float]:
+    """By step."""
+    with Path(run, "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
 
 
 @pytest.mark.usefixtures("words")
@@ -22,12 +24,13 @@ def test_a_finished_net_goes_on_as_moa_from_its_loss(moa: Moa) -> None:
     fits = {
         ffn: f"{TEXT} {RUN} -c configs/ffn/{ffn}.yaml --trainer.max_steps 3 --run_dir {ffn}" for ffn in ("gelu", "moa")
     }
-    for fit in fits.values():
-        outcome = moa(f"{fit} --model.weights_from base")
+    for ffn, fit in fits.items():
+        outcome = moa(f"{fit} --model.weights_from base --trainer.num_sanity_val_steps -1")
         assert outcome.code == 0, outcome.err
         assert "start   weights from base" in outcome.out
-    assert first_loss("moa") == pytest.approx(first_loss("gelu"), rel=1e-6)
-    assert first_loss("moa") < first_loss("base") - 0.1
+        assert losses(ffn, "val/loss")[0] == pytest.approx(losses("base", "val/loss")[6], rel=1e-6)  # from one point
+    assert losses("moa")[1] == pytest.approx(losses("gelu")[1], rel=1e-6)
+    assert losses("moa")[1] < losses("base")[1] - 0.1
     assert json.loads(Path("moa/result.json").read_text())["steps"] == 3
     missing = moa(f"{TEXT} {RUN} --trainer.max_steps 3 --model.weights_from nowhere --run_dir c")
     assert missing.code == 2
