@@ -5,12 +5,15 @@ neighbour and its file, forbids abbreviations, and lets classes be named shortly
 the command line. Values and their types stay the parser's business.
 """
 
+import ast
 import difflib
 import importlib
 import inspect
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +22,7 @@ from .configs import CLASS_LEVELS, Fragment, lookup, origin
 from .errors import UserError
 
 MOST_NAMES = 16  # that an error lists
+BASE = "super().__init__"  # how a class of ours calls the constructor of its base
 
 
 class Option(NamedTuple):
@@ -296,7 +300,7 @@ def is_base(kind: Any) -> bool:
 def parameters_of(cls: Any) -> dict[str, Any] | None:
     """Names and types that a constructor takes; None where it takes any.
 
-    What a class of ours takes as `**options` it hands on to its base.
+    What a class of ours takes as `**options` it hands on to its base, but for what it gives the base itself.
     """
     if is_dataclass(cls):
         hints = get_type_hints(cls)
@@ -304,17 +308,27 @@ def parameters_of(cls: Any) -> dict[str, Any] | None:
     if cls.__init__ is object.__init__:
         return {}
     found: dict[str, Any] = {}
+    given: set[str] = set()
     for owner in (base for base in cls.__mro__ if "__init__" in vars(base)):
         parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
         rest = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         hints = get_type_hints(owner.__init__)
         names = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-        found = {name: hints.get(name, Any) for name in names} | found
+        found = {name: hints.get(name, Any) for name in names if name not in given} | found
         if not rest:
             return found
         if _package(owner.__module__) not in OWN:
             break
+        given |= _given_to_base(owner.__init__)
     return None
+
+
+@cache
+def _given_to_base(constructor: Any) -> set[str]:
+    """Names of the arguments with which a constructor calls that of its base, beside `**options`."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == BASE]
+    return {keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None}
 
 
 def without_none(kind: Any) -> Any:

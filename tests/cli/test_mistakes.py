@@ -84,6 +84,7 @@ CASES = {
     "group": (f"{FIT} --trainr.max_steps 3", ["did you mean --trainer.max_steps?"]),
     "no group": (f"{FIT} --max_steps 3", ["did you mean --trainer.max_steps?"]),
     "other task": (f"{FIT} --model.gpt.depth 3", ["--model.gpt.depth is not an option of MAE"]),
+    "set by the class": (f"{FIT} --data.shuffle_block 9", ["--data.shuffle_block is not an option of"]),
     "type": (f"{FIT} --data.batch_size x", ["--data.batch_size is 'x'; give a whole number"]),
     "no value": (f"{FIT} --trainer.max_steps", ["--trainer.max_steps needs a value"]),
     "stray word": (f"{FIT} extra", ["'extra' belongs to no option"]),
