@@ -34,6 +34,14 @@ VARIANTS = {
     "MoA, gates shuffled between samples": "moa_shuffled_gates",
     "LA, begun at the mean mix of a trained MoA": "la_at_mean",
     "that mean mix as a fixed activation": "la_held_at_mean",
+    "MoA, begun with a MAE's mixes": "moa_start",
+    "MoA, held at a MAE's mixes": "moa_held",
+    "a MAE's mean mix as a fixed activation": "la_held",
+    "GELU, going on from GELU": "gelu_on",
+    "LA, going on from GELU": "la_on",
+    "MoA, going on from GELU": "moa_on",
+    "MoA, begun with a GPT's mixes": "moa_text",
+    "a GPT's mean mix as a fixed activation": "la_text_held",
     "joint, nothing tied": "joint",
     "α tied": "alpha",
     "α and gates tied": "mixes",
@@ -56,6 +64,7 @@ TASKS = {
         "Muon and cosine": "muon",
     },
     "joint": {"MAE": "vision"},
+    "transfer": {"MAE": "vision"},
     "scaling": {size: f"language-{size}" for size in ("24x2", "40x3", "56x4", "80x4")},
 }
 TUNED = ("at rate", "gates' factor")  # columns of a value that tuning has chosen
@@ -240,6 +249,7 @@ def test_every_comparison_of_the_published_runs_is_on_the_page() -> None:
         "controls_mae",
         "joint",
         "experts_2m",
+        "transfer",
     } <= shown.keys()
     assert shown == {name: len(study(name).judged) for name in shown}
 
