@@ -72,12 +72,12 @@ class GPTTask(Task):
             checkpoint[TOKENIZER_KEY] = tokenizer.sha256
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_tokenizer(checkpoint)
+        self._check_tokenizer(checkpoint, "the checkpoint was")
 
-    def _check_tokenizer(self, checkpoint: Mapping[str, Any], *trained: str) -> None:
+    def _check_tokenizer(self, checkpoint: Mapping[str, Any], trained: str) -> None:
         tokenizer = None if self._trainer is None else getattr(self.data, "tokenizer", None)
         if tokenizer is not None:
-            check_tokenizer(checkpoint, tokenizer, "the data's tokenizer", *trained)
+            check_tokenizer(checkpoint, tokenizer, "the data's tokenizer", trained)
 
     def check_start(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         self._check_tokenizer(checkpoint, f"the weights of '{path}' were")

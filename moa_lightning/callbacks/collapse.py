@@ -7,8 +7,8 @@ that of their mean over the batch (train/prototype_entropy), which is 0 where th
 
 The features of a sound MAE share a large vector: while it is young, as little as 0.05 % of their energy differs, in
 many directions, in which it goes on to learn. So without a teacher a low spread is no finding by itself; the rank,
-which then falls to 1 only where next to nothing differs, must say so too. A sound DINO's spread never comes near
-its limit.
+which then falls to 1 only where next to nothing differs, must say so too. Sound DINOs of small runs had a spread of
+0.12 and more.
 
 A diagnosis needs a finding on `PATIENCE` logging steps in a row: nets pass through such states early in a run. It is in
 the progress bar and the log, as text in TensorBoard, and as train/collapsed (0 or 1). A process with one image of a

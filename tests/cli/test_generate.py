@@ -36,6 +36,18 @@ def greedy_without_cache(prompt: str, count: int) -> str:
     return data.decode(text[0].tolist())
 
 
+class Uncached:
+    """What a net without a cache has besides its answers."""
+
+    context_length, weight = 64, torch.zeros(1)
+
+    def parameters(self):
+        return iter([self.weight])
+
+    def new_cache(self) -> None:
+        return None
+
+
 def test_texts_are_those_of_the_net_and_the_seed(moa: Moa, run: None) -> None:
     command = f"generate --ckpt_path {CHECKPOINT} --max_new_tokens 8"
     cold = moa(f"{command} --prompt qui --temperature 0")
@@ -126,15 +138,7 @@ def test_a_text_ends_at_the_token_between_documents(
     end = Data.tokenizer.separator
     texts = [[*ids("xy"), end, *ids("dcx")], [*ids("zxyd"), end, *ids("c")]]
 
-    class Reciting:
-        context_length, weight = 64, torch.zeros(1)
-
-        def parameters(self):
-            return iter([self.weight])
-
-        def new_cache(self) -> None:
-            return None
-
+    class Reciting(Uncached):
         def __call__(self, tokens: torch.Tensor, cache: None, *, last: int) -> torch.Tensor:
             place = tokens.shape[1] - 1
             following = torch.tensor([[row[place]] for row in texts[: len(tokens)]])
@@ -160,15 +164,7 @@ def test_a_text_is_written_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
         def flush(self) -> None:
             self.shown = self.getvalue()
 
-    class Counting:
-        context_length, weight = 64, torch.zeros(1)
-
-        def parameters(self):
-            return iter([self.weight])
-
-        def new_cache(self) -> None:
-            return None
-
+    class Counting(Uncached):
         def __call__(self, tokens: torch.Tensor, cache: None, *, last: int) -> torch.Tensor:
             seen.append(screen.shown)
             return torch.nn.functional.one_hot(torch.tensor([[ord("a") + len(seen) - 1]]), 256).float()
