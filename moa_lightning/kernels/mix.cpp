@@ -91,12 +91,6 @@ constexpr Bases listed() {
     return found;
 }
 constexpr Bases bases = listed();
-constexpr bool any(bool is_odd) {
-    for (Base base : bases.at)
-        if (smooth(base) && odd(base) == is_odd) return true;
-    return false;
-}
-constexpr bool HAS_EVEN = any(false), HAS_ODD = any(true);
 
 INLINE Vec all(float x) { return Vec{} + x; }
 INLINE Vec magnitude(Vec u) { return (Vec)((Int)u & 0x7fffffff); }
@@ -113,18 +107,27 @@ INLINE void each(F f, std::integer_sequence<int, i...>) {
 
 #if defined(__AVX512F__)
 // A part is 16 polynomials in the distance from the left end of a piece of the line, four pieces for each octave of
-// 1 + a / UNIT. They meet the slope in Chebyshev's nodes and are integrated, when the library is loaded. Of degree 7
-// they are off by 6e-8, slopes by 1.5e-7; of degree 5, enough for bfloat16's 8 bits, by 6e-7 and 8e-6. Beyond 24 a part
-// is taken for what it is there.
-constexpr int PIECES = 16;
-constexpr float UNIT = 1.6f, LAST = 23.9999f;
+// 1 + a / UNIT. They meet the slope in Chebyshev's nodes and are integrated, when the library is loaded. They are off by
+// 7e-8 and slopes by 4e-7, of degree 4, enough for bfloat16's 8 bits, by 6e-6 and 5e-5. The last piece bends to the limit
+// and to no slope, which for SiLU are 3e-7 away, and beyond it a part stays at them.
+constexpr int PIECES = 16, HIGHEST = 7;
+constexpr float UNIT = 1.2f, LAST = 17.9999f;
 constexpr double PI = 3.14159265358979324;
 template <class T>
-constexpr int degree = sizeof(T) == 4 ? 7 : 5;
+constexpr int degree(Base part) {
+    return sizeof(T) == 2 ? 4 : part == tanh_part ? HIGHEST : 6;  // tanh bends most
+}
 
-template <int D>
+template <class T>
+constexpr int highest(bool of_odd) {  // 0 where there is no such part
+    int found = 0;
+    for (Base base : bases.at)
+        if (smooth(base) && odd(base) == of_odd && degree<T>(base) > found) found = degree<T>(base);
+    return found;
+}
+
 struct alignas(64) Polynomials {
-    float at[D + 1][PIECES];
+    float at[HIGHEST + 1][PIECES];
 };
 
 double exact(Base part, double a, bool slope) {
@@ -145,8 +148,8 @@ double exact(Base part, double a, bool slope) {
 }
 
 template <int D>
-Polynomials<D> fit(Base part) {
-    Polynomials<D> found;
+Polynomials fit(Base part) {
+    Polynomials found{};
     for (int p = 0; p < PIECES; p++) {
         double left = UNIT * (std::ldexp(1 + p % 4 / 4.0, p / 4) - 1), width = UNIT * std::ldexp(0.25, p / 4);
         double x[D], d[D], powers[D] = {};
@@ -160,6 +163,11 @@ Polynomials<D> fit(Base part) {
             for (int m = D - 1; m > 0; m--) powers[m] = powers[m - 1] - x[n] * powers[m];
             powers[0] = d[n] - x[n] * powers[0];
         }
+        if (p == PIECES - 1) {
+            double v = exact(part, 1e3, false) - exact(part, left + width, false), dv = -exact(part, left + width, true);
+            powers[1] += 2 * (3 * v - dv * width) / (width * width);
+            powers[2] += 3 * (dv * width - 2 * v) / (width * width * width);
+        }
         int place = (p + 12) % PIECES;  // the exponent of floats in [1, 2) is 127, which ends in 11
         found.at[0][place] = exact(part, left, false);
         for (int n = 0; n < D; n++) found.at[n + 1][place] = powers[n] / (n + 1);
@@ -167,16 +175,17 @@ Polynomials<D> fit(Base part) {
     return found;
 }
 
-template <int D>
+template <class T>
 struct Tables {
-    Polynomials<D> of[B];
+    Polynomials of[B];
     Tables() {
-        for (int m = 0; m < B; m++)
-            if (smooth(bases.at[m])) of[m] = fit<D>(bases.at[m]);
+        EACH(B, m)
+            if constexpr (smooth(bases.at[m])) of[m] = fit<degree<T>(bases.at[m])>(bases.at[m]);
+        END(B);
     }
 };
-template <int D>
-const Tables<D> tables;
+template <class T>
+const Tables<T> tables;
 
 struct Place {
     Vec r;
@@ -187,18 +196,17 @@ INLINE Place find(Vec a) {
     Int t = (Int)(a * (1 / UNIT) + 1.0f);
     return {a - ((Vec)(t & ~0x1fffff) - 1.0f) * UNIT, t >> 21};
 }
-template <int D>
-INLINE Vec coefficient(const Polynomials<D>& p, int n, Place place) {
+INLINE Vec coefficient(const Polynomials& p, int n, Place place) {
     return (Vec)_mm512_permutexvar_ps((__m512i)place.piece, _mm512_load_ps(p.at[n]));
 }
 template <int D>
-INLINE Vec polynomial(const Polynomials<D>& p, Place place) {
+INLINE Vec polynomial(const Polynomials& p, Place place) {
     Vec value = coefficient(p, D, place);
     EACH(D, n) value = value * place.r + coefficient(p, D - 1 - n, place); END(D);
     return value;
 }
 template <int D>
-INLINE void polynomial(const Polynomials<D>& p, Place place, Vec& value, Vec& slope) {
+INLINE void polynomial(const Polynomials& p, Place place, Vec& value, Vec& slope) {
     slope = value = coefficient(p, D, place);
     EACH(D, n)
         if constexpr (n > 0) slope = slope * place.r + value;
@@ -210,7 +218,8 @@ template <class T>
 INLINE void parts(Vec a, Vec* value, Vec* slope) {
     Place place = find(a);
     EACH(B, m)
-        if constexpr (smooth(bases.at[m])) polynomial(tables<degree<T>>.of[m], place, value[m], slope[m]);
+        constexpr Base part = bases.at[m];
+        if constexpr (smooth(part)) polynomial<degree<T>(part)>(tables<T>.of[m], place, value[m], slope[m]);
     END(B);
 }
 #else
@@ -418,7 +427,8 @@ template <class T>
 struct Mix {
     const float* s;
 #if defined(__AVX512F__)
-    Polynomials<degree<T>> even_parts{}, odd_parts{};
+    static constexpr int even_degree = highest<T>(false), odd_degree = highest<T>(true);
+    Polynomials even_parts{}, odd_parts{};
 #endif
 
     INLINE explicit Mix(const float* s) : s(s) {
@@ -427,8 +437,8 @@ struct Mix {
             constexpr Base base = bases.at[m];
             if constexpr (smooth(base)) {
                 auto& sum = odd(base) ? odd_parts : even_parts;
-                for (int n = 0; n <= degree<T>; n++)
-                    for (int p = 0; p < PIECES; p++) sum.at[n][p] += s[m] * tables<degree<T>>.of[m].at[n][p];
+                for (int n = 0; n <= degree<T>(base); n++)
+                    for (int p = 0; p < PIECES; p++) sum.at[n][p] += s[m] * tables<T>.of[m].at[n][p];
             }
         END(B);
 #endif
@@ -443,8 +453,8 @@ struct Mix {
             Vec out{};
             EACH(B, m) if constexpr (!smooth(bases.at[m])) out += s[m] * p.value[m]; END(B);
             Place place = find(magnitude(u));
-            if constexpr (HAS_EVEN) out += polynomial(even_parts, place);
-            if constexpr (HAS_ODD) out += signed_as(u, polynomial(odd_parts, place));
+            if constexpr (even_degree > 0) out += polynomial<even_degree>(even_parts, place);
+            if constexpr (odd_degree > 0) out += signed_as(u, polynomial<odd_degree>(odd_parts, place));
             return out;
         }
 #endif

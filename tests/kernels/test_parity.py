@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from moa_lightning.kernels import compiled, compiler_works, cpp, formula
+from moa_lightning.kernels import compiled, compiler_works, cpp, formula, mix
 from tests import reference
 from tests.kernels import parity
 
@@ -39,6 +39,39 @@ def test_agrees_with_numpy(kernel: str) -> None:
     if kernel == "cpp" and not cpp.available():
         pytest.skip("no C++ compiler")
     assert_parity(parity.measure(kernel), kernel)
+
+
+def all_numbers(dtype: torch.dtype) -> torch.Tensor:
+    """Rows of 16 numbers of float32, a lattice and what lies far out, or all of bfloat16 below 1e18."""
+    if dtype == torch.float32:
+        far = torch.logspace(-30, 18, 4_800)
+        return torch.cat([torch.linspace(-30, 30, 120_000), far, -far]).view(-1, 16)
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = numbers[numbers.float().abs() < 1e18]
+    return numbers[: len(numbers) // 16 * 16].view(-1, 16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "off", "slope_off"), [("float32", 22, 8e-8, 4e-7), ("bfloat16", 8, 7e-6, 5e-5)]
+)
+@pytest.mark.parametrize("name", parity.TEN)
+def test_cpp_is_this_near_everywhere(name: str, dtype: str, bits: int, off: float, slope_off: float) -> None:
+    """What docs/kernels.md and mix.cpp say of the polynomials. Half the activation: with a coefficient of 1 the forward
+    pass would be torch's."""
+    if not cpp.available():
+        pytest.skip("no C++ compiler")
+    u = all_numbers(parity.DTYPES[dtype]).requires_grad_()
+    y = mix(u, torch.tensor([0.5]), (name,), kernel="cpp")
+    y.backward(torch.full_like(y, 2.0))
+    point = u.detach().double().numpy()
+    with np.errstate(all="ignore"):
+        value, slope = reference.FUNCTION[name](point) / 2, reference.SLOPE[name](point)
+    denormal = 1e-44 if dtype == "float32" else 1.2e-38  # may become zero
+    size = np.where(abs(point) < 15, np.minimum(abs(point), 1), 5)  # the tail bends to its limit there
+    allowed = 2.0**-bits * abs(value) + off / 2 * size + denormal
+    np.testing.assert_array_less(abs(y.detach().double().numpy() - value), allowed)
+    assert u.grad is not None
+    np.testing.assert_array_less(abs(u.grad.double().numpy() - slope), 2.0**-bits * abs(slope) + slope_off + denormal)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the option is one of x86 compilers")
