@@ -1,6 +1,9 @@
 """The data module for images in WebDataset shards: one image and, where known, its class number (`.cls`) a sample."""
 
+import json
 import logging
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +15,12 @@ from data.image_sources import FOLDER_TRAITS
 from data.images import statistics
 from data.sampling import WINDOW
 from data.shards import ShardMembers, ShardSplits
+from moa_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+
+CLASS_NAMES = "class_names.json"  # beside shards: a list in the order of the class numbers
+MOST_NAMES = 10_000_000  # bytes of that file
 
 
 class ShardImages:
@@ -34,6 +41,8 @@ class ShardImages:
 class ImageShards(ImageModule):
     """Images in tar shards, as `moa data images` writes them or as any WebDataset has them.
 
+    A class_names.json beside the shards, a list, names the classes in the order of their numbers.
+
     Args:
         train: shards for training: a path, a glob, a range `path/train-{000000..000009}.tar`, or a list of these.
         val: the same for validation; None trains without.
@@ -47,7 +56,8 @@ class ImageShards(ImageModule):
         options: `ImageModule`'s.
 
     Raises:
-        UserError: options that make no sense; in `setup`, shards that are missing, damaged, empty or without images.
+        UserError: options that make no sense; in `setup`, shards that are missing, damaged, empty or without images,
+            or class names that are none or differ between folders.
     """
 
     def __init__(
@@ -97,13 +107,42 @@ class ImageShards(ImageModule):
             )
 
     def read(self) -> dict[str, LabelledImages]:
+        members = self.shards.read()
+        self.class_names = class_names({Path(path).parent for part in members.values() for path in part.paths})
         return {
             name: LabelledImages(ShardImages(part, self.channels), torch.from_numpy(part.labels))
-            for name, part in self.shards.read().items()
+            for name, part in members.items()
         }
 
     def describe_source(self) -> dict[str, str | int]:
         return self.shards.facts
+
+
+def class_names(folders: Iterable[Path]) -> list[str] | None:
+    """What the classes of shards in these folders are called; None where no folder says so.
+
+    Raises:
+        UserError: a file that is not a list of different names, or two that are not the same.
+    """
+    found: dict[Path, list[str]] = {}
+    for file in sorted(folder / CLASS_NAMES for folder in folders):
+        if not file.is_file():
+            continue
+        try:
+            names = json.loads(file.read_text()) if file.stat().st_size <= MOST_NAMES else None
+        except (OSError, ValueError, RecursionError):
+            names = None
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+            raise UserError(f"{file} is not a JSON list of different class names: mend it or remove it")
+        found[file] = names
+    for file, names in found.items():
+        first = next(iter(found))
+        if names != found[first]:
+            raise UserError(
+                f"{first} and {file} name classes differently, so class numbers mean different things: write "
+                "the shards from one source"
+            )
+    return next(iter(found.values()), None)
 
 
 def in_class_order(labels: Tensor) -> bool:

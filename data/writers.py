@@ -1,11 +1,14 @@
 """Images or text as WebDataset shards, split and shuffled, ready for ImageShards and TextShards.
 
+Where classes have names, they lie beside the shards as class_names.json, in the order of the numbers.
+
 Shards are written into a folder with a temporary name, which gets its own name when everything is there; so a folder
 that exists is complete. Training samples are shuffled once on writing, because shards are read in blocks of neighbours.
 Time stamps are zero: the same input gives the same bytes.
 """
 
 import errno
+import json
 import os
 import shutil
 import tarfile
@@ -22,6 +25,7 @@ from torchvision.io import encode_png
 
 from data.documents import check_fractions, split_spans
 from data.image_base import LabelledImages
+from data.image_shards import CLASS_NAMES
 from data.image_sources import FileImages
 from data.images import Images
 from data.sources import Bad, documents
@@ -63,7 +67,7 @@ def write_image_shards(
     module = Images(source, root, val_fraction=val_fraction, test_fraction=test_fraction, split_seed=split_seed)
     resize = plain_view(image_size) if image_size else None
     splits = {split: _encoded(part, split, resize, split_seed) for split, part in module.read().items()}
-    return _write(out, splits, samples_per_shard)
+    return _write(out, splits, samples_per_shard, module.class_names)
 
 
 def write_text_shards(
@@ -148,8 +152,10 @@ def _encoded(part: LabelledImages, split: str, resize: Transform | None, seed: i
         yield {**sample, "cls": str(label).encode()} if label >= 0 else sample
 
 
-def _write(out: str, splits: Mapping[str, Iterable[Sample]], samples_per_shard: int) -> dict[str, list[Path]]:
-    """Write `<split>-<number>.tar` files into a new folder."""
+def _write(
+    out: str, splits: Mapping[str, Iterable[Sample]], samples_per_shard: int, class_names: list[str] | None
+) -> dict[str, list[Path]]:
+    """Write `<split>-<number>.tar` files, and the names of classes where there are any, into a new folder."""
     from webdataset import ShardWriter
 
     _check_shards(samples_per_shard)
@@ -159,6 +165,8 @@ def _write(out: str, splits: Mapping[str, Iterable[Sample]], samples_per_shard: 
             with ShardWriter(pattern, maxcount=samples_per_shard, verbose=0, encoder=False, mtime=0) as writer:
                 for number, sample in enumerate(samples):
                     writer.write({"__key__": f"{split}-{number:08d}", **sample})
+        if class_names is not None:
+            (folder / CLASS_NAMES).write_text(json.dumps(class_names) + "\n")
     return {split: sorted(Path(out).glob(f"{split}-*.tar")) for split in splits}
 
 

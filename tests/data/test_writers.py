@@ -26,7 +26,8 @@ def test_digits_survive_the_way_into_shards(tmp_path):
     out = tmp_path / "digits"
     shards = write_image_shards("mnist5k", str(out), samples_per_shard=1500)
     assert {split: len(paths) for split, paths in shards.items()} == {"train": 3, "val": 1, "test": 1}
-    assert sorted(path.name for path in out.iterdir())[1:3] == ["train-000000.tar", "train-000001.tar"]
+    names = sorted(path.name for path in out.iterdir())
+    assert names[:4] == ["class_names.json", "test-000000.tar", "train-000000.tar", "train-000001.tar"]
     split = {name: str(out / f"{name}-*.tar") for name in shards}
     module = ImageShards(**split, image_size=28, channels=1, mean=(0.1313,), std=(0.3086,))
     module.setup()
@@ -100,6 +101,28 @@ def test_files_are_copied_as_they_are_unless_resized(class_folder, tmp_path):
     small = ImageShards(str(tmp_path / "b/train-*.tar"), image_size=12, batch_size=4)
     small.setup()
     assert {tuple(small.read()["train"].images[i].shape) for i in range(10)} == {(3, 12, 12)}
+
+
+def test_classes_keep_their_names(class_folder, tmp_path):
+    write_image_shards(str(class_folder), str(tmp_path / "a"))
+    split = {name: str(tmp_path / "a" / f"{name}-*.tar") for name in ("train", "val")}
+    module = ImageShards(**split, image_size=12)
+    module.read()
+    assert module.class_names == ["cat", "dog"]
+    names = tmp_path / "a" / "class_names.json"
+    for content in ("{}", "[1, 2]", '["cat", "cat"]', "[", "[" * 100_000):
+        names.write_text(content)
+        with pytest.raises(UserError, match=r"class_names\.json is not a JSON list of different class names"):
+            module.read()
+    names.unlink()
+    module.read()
+    assert module.class_names is None
+    for folder, order in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "class_names.json").write_text(json.dumps(order))
+    (tmp_path / "a" / "val-000000.tar").rename(tmp_path / "b" / "val-000000.tar")
+    with pytest.raises(UserError, match=r"a/class_names\.json and .*b/class_names\.json name classes differently"):
+        ImageShards(split["train"], val=str(tmp_path / "b/val-*.tar"), image_size=12).read()
 
 
 def test_the_same_input_gives_the_same_bytes(class_folder, tmp_path):
