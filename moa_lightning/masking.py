@@ -55,8 +55,10 @@ class IBOTConfig:
             )
         if not 0 <= low <= high < 1 or high == 0:
             raise UserError(f"ibot.mask_ratio is {(low, high)}; give shares in [0, 1), the smaller first, one above 0")
-        if min(self.out_dim or 1, self.hidden_dim, self.bottleneck_dim) < 1 or self.out_dim == 0:
-            raise UserError("ibot.out_dim (or null), ibot.hidden_dim and ibot.bottleneck_dim must be at least 1")
+        if (self.out_dim is not None and self.out_dim < 2) or min(self.hidden_dim, self.bottleneck_dim) < 1:
+            raise UserError(
+                "ibot.out_dim must be at least 2 or null, ibot.hidden_dim and ibot.bottleneck_dim at least 1"
+            )
 
     @property
     def masked_share(self) -> float:

@@ -73,6 +73,7 @@ class SequenceClassification(GPTTask):
         super().__init__(gpt, ffn, moe, optimizer, seed, compile, activation_checkpointing, weights_from)
         check_numbers("(0, 1]", layer_decay=layer_decay)
         check_numbers("[0, 1)", label_smoothing=label_smoothing)
+        check_numbers("[1, inf)", num_classes=num_classes)
         if target_scale is not None and not target_scale[1] > 0:
             raise UserError(f"target_scale is {list(target_scale)}; give a mean and a standard deviation above 0")
         self.keep_hyperparameters(locals(), gpt=self.gpt, ffn=self.ffn, moe=self.moe, optimizer=self.optimizer_config)

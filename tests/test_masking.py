@@ -80,7 +80,7 @@ def test_the_share_of_masked_crops_and_patches(probability: float) -> None:
         {"mask_ratio": (0.5, 0.1)},
         {"mask_ratio": (0.0, 0.0)},
         {"mask_ratio": (0.5, 1.0)},
-        {"out_dim": 0},
+        {"out_dim": 1},
         {"bottleneck_dim": 0},
     ],
 )

@@ -173,7 +173,6 @@ def test_the_working_folder_comes_before_the_package(tmp_path: Path) -> None:
 
 
 def test_a_wheel_carries_the_configs(tmp_path: Path) -> None:
-    pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-q", "-w", "."]
     subprocess.run(command, check=True, timeout=120)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:

@@ -147,7 +147,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, tmp_path: Path) ->
 
 
 def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
-    for options in ({"layer_decay": 0.0}, {"label_smoothing": 1.0}, {"target_scale": (0.0, 0.0)}):
+    for options in ({"layer_decay": 0.0}, {"label_smoothing": 1.0}, {"num_classes": 0}, {"target_scale": (0.0, 0.0)}):
         with pytest.raises(UserError, match=next(iter(options))):
             judge(**options)
     with pytest.raises(UserError, match=r"model\.metrics is \['f1'\]; give one or more of pearson, spearman"):
