@@ -56,8 +56,12 @@ class Row:
         return asdict(self)
 
 
-def alternate(calls: Calls, effort: Effort, device: torch.device) -> Seconds:
-    """Seconds of each call, one after the other in every round; the device is waited for."""
+def alternate(calls: Calls, effort: Effort, device: torch.device, before: Callable[[], Any] = lambda: None) -> Seconds:
+    """Seconds of each call, one after the other in every round; the device is waited for.
+
+    Args:
+        before: called before each of them and not timed, so that all find the caches alike.
+    """
     seconds: Seconds = {name: [] for name in calls}
     begin = time.perf_counter()
     for round_ in range(-effort.warm_up, effort.rounds):
@@ -66,6 +70,7 @@ def alternate(calls: Calls, effort: Effort, device: torch.device) -> Seconds:
         if round_ >= LEAST_ROUNDS and time.perf_counter() - begin > effort.seconds:
             break
         for name, call in calls.items():
+            before()
             _wait(device)
             start = time.perf_counter()
             call()

@@ -50,12 +50,12 @@ def weighted(values: Tensor, c: Tensor) -> Tensor:
 
 def like(t: Tensor) -> Tensor:
     """A new contiguous tensor of that shape, dtype and device."""
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def rows(t: Tensor) -> Tensor:
     """As (N, h) with the numbers of a row side by side; whole rows may lie apart."""
-    flat = t.reshape(-1, t.shape[-1])
+    flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 

@@ -353,9 +353,13 @@ INLINE void write(uint16_t* p, Vec v, int n) {
     else std::memcpy(p, &half, 2 * n);
 }
 INLINE float total(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += v[i];
     return sum;
+#endif
 }
 
 // --- one row: a token ------------------------------------------------------------------------------------------------

@@ -56,19 +56,32 @@ def _fake_backward(
     return like(a), like(c), a.new_empty(0) if b is None else like(b), c.new_empty(0) if e is None else like(e)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, c, b, e, *ctx.options = inputs
-    ctx.save_for_backward(a, c, b, e)
+class _Mix(torch.autograd.Function):
+    """What torch.library.register_autograd makes, 20 us a call quicker."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, *options: Any) -> Tensor:
+        ctx.save_for_backward(a, c, b, e)
+        ctx.options = options
+        with torch._C._AutoDispatchBelowAutograd():
+            return mix_op(a, c, b, e, *options)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        a, c, b, e = ctx.saved_tensors
+        names, form, kernel = ctx.options
+        if torch.is_grad_enabled():
+            da, dc, db, de = _differentiable(g, a, c, b, e, tuple(names), form)
+        else:
+            da, dc, db, de = torch.ops.moa.mix_backward.default(g, a, c, b, e, names, form, kernel)
+        return da, dc, None if b is None else db, None if e is None else de, None, None, None
 
 
-def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    a, c, b, e = ctx.saved_tensors
-    names, form, kernel = ctx.options
-    if torch.is_grad_enabled():
-        da, dc, db, de = _differentiable(g, a, c, b, e, tuple(names), form)
-    else:
-        da, dc, db, de = torch.ops.moa.mix_backward.default(g, a, c, b, e, names, form, kernel)
-    return da, dc, None if b is None else db, None if e is None else de, None, None, None
+def _with_gradients(*inputs: Any) -> Tensor:
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        return _Mix.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return mix_op(*inputs)
 
 
 def _differentiable(
@@ -80,4 +93,4 @@ def _differentiable(
 
 _library.impl("mix", _mix, "CompositeExplicitAutograd")
 _library.impl("mix_backward", _mix_backward, "CompositeExplicitAutograd")
-torch.library.register_autograd("moa::mix", _gradients, setup_context=_keep, lib=_library)
+_library.impl("mix", _with_gradients, "Autograd")

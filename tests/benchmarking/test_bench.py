@@ -86,6 +86,9 @@ def test_variants_run_in_turn() -> None:
     seconds = alternate({name: partial(order.append, name) for name in "ab"}, ONCE, CPU)
     assert "".join(order) == "abababab"  # a round to warm up, then three
     assert [len(times) for times in seconds.values()] == [3, 3]
+    order.clear()
+    alternate({name: partial(order.append, name) for name in "ab"}, ONCE, CPU, before=partial(order.append, "-"))
+    assert "".join(order) == "-a-b" * 4
 
 
 def test_a_ratio_is_the_median_over_rounds_and_not_that_of_the_medians() -> None:
