@@ -46,6 +46,14 @@ VARIANTS = {
     "α tied": "alpha",
     "α and gates tied": "mixes",
     "whole layers tied": "ffn",
+    "ticket, 30 % kept": "ticket70",
+    "ticket, 10 % kept": "ticket90",
+    "random mask, 10 % kept": "random90",
+    "small dense net": "small_dense",
+    "dense, MoA": "moa_dense",
+    "ticket, MoA, 30 % kept": "moa_ticket70",
+    "ticket, MoA, 10 % kept": "moa_ticket90",
+    "what pruning to 10 % gains MoA more than GELU": "moa_prunes",
     "sigmoid": "moa",
     "sigmoid, the paper's start": "paper_start",
 }
@@ -65,6 +73,16 @@ TASKS = {
     },
     "joint": {"MAE": "vision"},
     "transfer": {"MAE": "vision"},
+    "tickets": {
+        "50 of each class": "each50",
+        "100 of each class": "each100",
+        "the same on noisy images": "each100/noise",
+        "the same on shifted images": "each100/shift",
+        "the same by a probe on clothes": "each100/clothes",
+        "long tail": "tail",
+        "50 of each class without crops": "plain",
+        "50 of each class on a MAE": "pretrained",
+    },
     "scaling": {size: f"language-{size}" for size in ("24x2", "40x3", "56x4", "80x4")},
 }
 TUNED = ("at rate", "gates' factor")  # columns of a value that tuning has chosen
@@ -250,6 +268,7 @@ def test_every_comparison_of_the_published_runs_is_on_the_page() -> None:
         "joint",
         "experts_2m",
         "transfer",
+        "tickets",
     } <= shown.keys()
     assert shown == {name: len(study(name).judged) for name in shown}
 
