@@ -73,6 +73,14 @@ TASKS = {
     },
     "joint": {"MAE": "vision"},
     "transfer": {"MAE": "vision"},
+    "little_data": {
+        "10 of each class": "classification-10each",
+        "50 of each class": "classification-50each",
+        "100 of each class": "classification-100each",
+        "long tail": "classification-tail",
+        "MAE of 50 of each class": "mae-50each",
+        "MAE of a long tail": "mae-tail",
+    },
     "tickets": {
         "50 of each class": "each50",
         "100 of each class": "each100",
@@ -268,6 +276,7 @@ def test_every_comparison_of_the_published_runs_is_on_the_page() -> None:
         "joint",
         "experts_2m",
         "transfer",
+        "little_data",
         "tickets",
     } <= shown.keys()
     assert shown == {name: len(study(name).judged) for name in shown}
