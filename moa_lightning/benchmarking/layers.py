@@ -55,7 +55,7 @@ def op(setting: Setting, machine: Machine) -> Measured:
     for name in setting.dtypes:
         for group, calls, configs in (_plain(setting, name), _gated(setting, name)):
             baseline = next(iter(calls))
-            seconds = alternate(calls, setting.effort, setting.device, before=calls[COPY])
+            seconds = alternate(calls, setting.effort, setting.device, before=_copy(_activation(setting, name)))
             measured = rows(f"{group}, {name}", seconds, dict.fromkeys([*calls][1:], baseline))
             _add_traffic(measured, seconds, configs, setting, DTYPES[name].itemsize)
             found += measured

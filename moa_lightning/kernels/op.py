@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKeySet
 
 from . import choice, recompute
 from .common import Form, Gradients, like
@@ -60,11 +61,12 @@ class _Mix(torch.autograd.Function):
     """What torch.library.register_autograd makes, 20 us a call quicker."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, *options: Any) -> Tensor:
+    def forward(
+        ctx: Any, keys: DispatchKeySet, a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, *options: Any
+    ) -> Tensor:
         ctx.save_for_backward(a, c, b, e)
         ctx.options = options
-        with torch._C._AutoDispatchBelowAutograd():
-            return mix_op(a, c, b, e, *options)
+        return _below_autograd(keys, a, c, b, e, *options)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,14 +76,18 @@ class _Mix(torch.autograd.Function):
             da, dc, db, de = _differentiable(g, a, c, b, e, tuple(names), form)
         else:
             da, dc, db, de = torch.ops.moa.mix_backward.default(g, a, c, b, e, names, form, kernel)
-        return da, dc, None if b is None else db, None if e is None else de, None, None, None
+        return None, da, dc, None if b is None else db, None if e is None else de, None, None, None
 
 
-def _with_gradients(*inputs: Any) -> Tensor:
+def _with_gradients(keys: DispatchKeySet, *inputs: Any) -> Tensor:
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-        return _Mix.apply(*inputs)
+        return _Mix.apply(keys, *inputs)
+    return _below_autograd(keys, *inputs)
+
+
+def _below_autograd(keys: DispatchKeySet, *inputs: Any) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        return mix_op(*inputs)
+        return mix_op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
 
 def _differentiable(
@@ -93,4 +99,4 @@ def _differentiable(
 
 _library.impl("mix", _mix, "CompositeExplicitAutograd")
 _library.impl("mix_backward", _mix_backward, "CompositeExplicitAutograd")
-_library.impl("mix", _with_gradients, "Autograd")
+_library.impl("mix", _with_gradients, "Autograd", with_keyset=True)
