@@ -109,6 +109,12 @@ class ImageShards(ImageModule):
     def read(self) -> dict[str, LabelledImages]:
         members = self.shards.read()
         self.class_names = class_names({Path(path).parent for part in members.values() for path in part.paths})
+        highest = max(int(part.labels.max()) for part in members.values())
+        if self.class_names is not None and highest >= len(self.class_names):
+            raise UserError(
+                f"{CLASS_NAMES} beside the shards names {len(self.class_names)} classes, and class {highest} is among "
+                "their numbers: name all classes or remove it"
+            )
         return {
             name: LabelledImages(ShardImages(part, self.channels), torch.from_numpy(part.labels))
             for name, part in members.items()

@@ -114,6 +114,9 @@ def test_classes_keep_their_names(class_folder, tmp_path):
         names.write_text(content)
         with pytest.raises(UserError, match=r"class_names\.json is not a JSON list of different class names"):
             module.read()
+    names.write_text('["cat"]')
+    with pytest.raises(UserError, match=r"class_names\.json beside the shards names 1 classes, and class 1 is among"):
+        module.read()
     names.unlink()
     module.read()
     assert module.class_names is None
