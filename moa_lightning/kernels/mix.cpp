@@ -108,14 +108,14 @@ INLINE void each(F f, std::integer_sequence<int, i...>) {
 #if defined(__AVX512F__)
 // A part is 16 polynomials in the distance from the left end of a piece of the line, four pieces for each octave of
 // 1 + a / UNIT. They meet the slope in Chebyshev's nodes and are integrated, when the library is loaded. They are off by
-// 7e-8 and slopes by 4e-7, of degree 4, enough for bfloat16's 8 bits, by 6e-6 and 5e-5. The last piece bends to the limit
+// 7e-8 and slopes by 4e-7, of degree 5, enough for bfloat16's 8 bits, by 6e-7 and 8e-6. The last piece bends to the limit
 // and to no slope, which for SiLU are 3e-7 away, and beyond it a part stays at them.
 constexpr int PIECES = 16, HIGHEST = 7;
 constexpr float UNIT = 1.2f, LAST = 17.9999f;
 constexpr double PI = 3.14159265358979324;
 template <class T>
 constexpr int degree(Base part) {
-    return sizeof(T) == 2 ? 4 : part == tanh_part ? HIGHEST : 6;  // tanh bends most
+    return sizeof(T) == 2 ? 5 : part == tanh_part ? HIGHEST : 6;  // tanh bends most
 }
 
 template <class T>
