@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .feedforward import FeedForward, FFNConfig
-from .mixing import FixedActivation, MixCoefficients, Mixing, PairMixing, _GatedCoefficients, gate_function
+from .mixing import FixedActivation, MixCoefficients, Mixing, PairMixing, gate_function
 
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes
@@ -126,7 +126,7 @@ class StackedMixing(MixCoefficients):
         base = _of_rows(self.base.to(torch.promote_types(x.dtype, torch.float32)), rows)
         if self.gate is None:
             return base.expand(*x.shape[:-1], *self.entry_shape)
-        return _GatedCoefficients.apply(base, self._logits(x, rows), self.gate, self.gate_zero, self.entry_axes)
+        return self._gated(base, self._logits(x, rows))
 
 
 class StackedMix(StackedMixing, Mixing):

@@ -25,6 +25,7 @@ Evaluation windows lie in the order of the text, so there the donor is the text 
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -50,6 +51,11 @@ def gate_function(logits: Tensor, gate: Gate, entry_axes: int) -> Tensor:
 def gate_at_zero(gate: Gate, entries: int) -> float:
     """g(0), the value that the additive form subtracts."""
     return {"sigmoid": 0.5, "softmax": 1 / entries, "tanh": 0.0}[gate]
+
+
+def _as_written(device: str) -> AbstractContextManager[Any]:
+    """Without autocast; where there is none, without the microseconds that switching it off takes."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _WideLinear(torch.autograd.Function):
@@ -241,12 +247,15 @@ class MixCoefficients(nn.Module):
         assert self.gate_weight is not None
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight = self.gate_weight.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = nn.functional.linear(x, weight) if x.dtype == dtype else _WideLinear.apply(x, weight)
+        with _as_written(x.device.type):
+            if x.dtype == dtype or not torch.is_grad_enabled():
+                logits = nn.functional.linear(x.to(dtype), weight)
+            else:
+                logits = _WideLinear.apply(x, weight)
             logits = logits if self.gate_bias is None else logits + self.gate_bias
         if self.kind == "shuffled":
             logits = logits.roll(1, 0)
-        return logits.unflatten(-1, self.entry_shape)
+        return logits if self.entry_axes == 1 else logits.unflatten(-1, self.entry_shape)
 
     def coefficients(self, x: Tensor) -> Tensor:
         """c(x) in float32 at least: x (..., d) -> (..., K), or (..., K, K) for pairs."""
@@ -257,7 +266,14 @@ class MixCoefficients(nn.Module):
         base = self.base.to(torch.promote_types(x.dtype, torch.float32))
         if self.gate is None:
             return base
-        return _GatedCoefficients.apply(base, self._logits(x), self.gate, self.gate_zero, self.entry_axes)
+        return self._gated(base, self._logits(x))
+
+    def _gated(self, base: Tensor, logits: Tensor) -> Tensor:
+        """base + g(logits) - g(0)."""
+        assert self.gate is not None
+        if torch.is_grad_enabled():
+            return _GatedCoefficients.apply(base, logits, self.gate, self.gate_zero, self.entry_axes)
+        return base + (gate_function(logits, self.gate, self.entry_axes) - self.gate_zero)
 
     def extra_repr(self) -> str:
         return f"{' + '.join(self.entries)}, gate={self.gate}, gates={self.kind}, init={self.init}"

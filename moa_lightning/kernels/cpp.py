@@ -40,6 +40,7 @@ FLAGS = (
     "-shared",
 )
 BUILD_SECONDS = 120
+NUMBERS_A_THREAD = 8192  # a few microseconds' work, which is about what it takes to wake a thread
 
 
 def supports(names: tuple[str, ...], dtype: torch.dtype, compute: torch.dtype, device: str) -> bool:
@@ -129,7 +130,8 @@ def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
 
 def _numbers(*sizes: int) -> ctypes.Array[ctypes.c_int64]:
     """Rows, width, strides of a, b, c, e, g; then the threads."""
-    return (ctypes.c_int64 * 8)(*sizes, torch.get_num_threads())
+    threads = min(torch.get_num_threads(), 1 + sizes[0] * sizes[1] // NUMBERS_A_THREAD)
+    return (ctypes.c_int64 * 8)(*sizes, threads)
 
 
 @functools.cache

@@ -119,15 +119,18 @@ constexpr int degree(Base part) {
 }
 
 template <class T>
-constexpr int highest(bool of_odd) {  // 0 where there is no such part
+constexpr int highest() {  // 0 where there is no part
     int found = 0;
     for (Base base : bases.at)
-        if (smooth(base) && odd(base) == of_odd && degree<T>(base) > found) found = degree<T>(base);
+        if (smooth(base) && degree<T>(base) > found) found = degree<T>(base);
     return found;
 }
 
-struct alignas(64) Polynomials {
-    float at[HIGHEST + 1][PIECES];
+struct Polynomials {
+    Vec at[HIGHEST + 1];  // of each degree the coefficients of the 16 pieces
+};
+struct Sides {
+    Vec at[HIGHEST + 1][2];
 };
 
 double exact(Base part, double a, bool slope) {
@@ -187,20 +190,25 @@ struct Tables {
 template <class T>
 const Tables<T> tables;
 
+// The low four bits of `piece` number it, and the fifth, set in the first octave only, is turned where u > 0: of the two
+// registers of Sides the first holds the pieces of the first octave of the right side and the others of the left one.
 struct Place {
     Vec r;
-    Int piece;
+    Int piece, side;
 };
-INLINE Place find(Vec a) {
-    a = (Vec)_mm512_min_ps((__m512)all(LAST), (__m512)a);  // NaN stays NaN
-    Int t = (Int)(a * (1 / UNIT) + 1.0f);
-    return {a - ((Vec)(t & ~0x1fffff) - 1.0f) * UNIT, t >> 21};
+INLINE Place find(Vec u) {
+    Vec a = (Vec)_mm512_min_ps((__m512)all(LAST), (__m512)magnitude(u));  // NaN stays NaN
+    Int t = (Int)(a * (1 / UNIT) + 1.0f), piece = t >> 21;
+    return {a - ((Vec)(t & ~0x1fffff) - 1.0f) * UNIT, piece, u > 0.0f ? piece ^ 16 : piece};
 }
 INLINE Vec coefficient(const Polynomials& p, int n, Place place) {
-    return (Vec)_mm512_permutexvar_ps((__m512i)place.piece, _mm512_load_ps(p.at[n]));
+    return (Vec)_mm512_permutexvar_ps((__m512i)place.piece, (__m512)p.at[n]);
 }
-template <int D>
-INLINE Vec polynomial(const Polynomials& p, Place place) {
+INLINE Vec coefficient(const Sides& p, int n, Place place) {
+    return (Vec)_mm512_permutex2var_ps((__m512)p.at[n][0], (__m512i)place.side, (__m512)p.at[n][1]);
+}
+template <int D, class P>
+INLINE Vec polynomial(const P& p, Place place) {
     Vec value = coefficient(p, D, place);
     EACH(D, n) value = value * place.r + coefficient(p, D - 1 - n, place); END(D);
     return value;
@@ -215,8 +223,8 @@ INLINE void polynomial(const Polynomials& p, Place place, Vec& value, Vec& slope
 }
 
 template <class T>
-INLINE void parts(Vec a, Vec* value, Vec* slope) {
-    Place place = find(a);
+INLINE void parts(Vec u, Vec* value, Vec* slope) {
+    Place place = find(u);
     EACH(B, m)
         constexpr Base part = bases.at[m];
         if constexpr (smooth(part)) polynomial<degree<T>(part)>(tables<T>.of[m], place, value[m], slope[m]);
@@ -245,8 +253,8 @@ INLINE void sigmoid_tail(Vec x, Vec z, Vec dz, Vec& value, Vec& slope) {
 }
 
 template <class T>
-INLINE void parts(Vec a, Vec* value, Vec* slope) {
-    Vec x = at_most(a, 87.0f), scale, rest, m, e, i, ei;
+INLINE void parts(Vec u, Vec* value, Vec* slope) {
+    Vec a = magnitude(u), x = at_most(a, 87.0f), scale, rest, m, e, i, ei;
     if constexpr (needed(silu_part) || needed(tanh_part) || needed(sigmoid_part)) {
         exponential(-x, scale, rest);
         m = rest + (scale - 1.0f), e = 1.0f + m, i = 1.0f / (1.0f + e), ei = e * i;
@@ -308,7 +316,7 @@ template <class T>
 INLINE Point evaluate(Vec u) {
     Point p;
     corners(u, p);
-    parts<T>(magnitude(u), p.value, p.slope);
+    parts<T>(u, p.value, p.slope);
     EACH(B, m)
         if constexpr (smooth(bases.at[m])) {
             Vec& turned = odd(bases.at[m]) ? p.value[m] : p.slope[m];
@@ -426,24 +434,37 @@ void to_entries_of_pairs(const float* ds, float* dc) {
     for (int k = 0; k < K; k++) to_entries(half[k], dc + k * K);
 }
 
-// The mix of a row (not of pairs): with AVX-512 all its even parts are one polynomial, and all its odd ones another.
-template <class T>
+// The mix of a row (not of pairs), or its slope: with AVX-512 one polynomial for each piece of either side of 0, but for
+// the straight bases' values and the square.
+template <class T, bool of_slope>
 struct Mix {
     const float* s;
 #if defined(__AVX512F__)
-    static constexpr int even_degree = highest<T>(false), odd_degree = highest<T>(true);
-    Polynomials even_parts{}, odd_parts{};
+    static constexpr int D = highest<T>() > 0 ? highest<T>() - of_slope : 0;
+    Sides sides;
 #endif
 
     INLINE explicit Mix(const float* s) : s(s) {
 #if defined(__AVX512F__)
+        Polynomials same{}, turned{};  // on the left side
         EACH(B, m)
             constexpr Base base = bases.at[m];
             if constexpr (smooth(base)) {
-                auto& sum = odd(base) ? odd_parts : even_parts;
-                for (int n = 0; n <= degree<T>(base); n++)
-                    for (int p = 0; p < PIECES; p++) sum.at[n][p] += s[m] * tables<T>.of[m].at[n][p];
+                auto& sum = odd(base) != of_slope ? turned : same;  // the slope of an odd part is even
+                for (int n = of_slope; n <= degree<T>(base); n++)
+                    sum.at[n - of_slope] += (of_slope ? n * s[m] : s[m]) * tables<T>.of[m].at[n];
             }
+            if constexpr (of_slope && base == line) same.at[0] += s[m];
+        END(B);
+        Vec right{};  // 1 where the first register holds the right side
+        for (int p = 12; p < PIECES; p++) right[p] = 1.0f;
+        for (int n = 0; n <= D; n++) {
+            Vec added = (right + right - 1.0f) * turned.at[n];
+            sides.at[n][0] = same.at[n] + added, sides.at[n][1] = same.at[n] - added;
+        }
+        EACH(B, m)
+            if constexpr (of_slope && bases.at[m] == ramp)
+                sides.at[0][0] += s[m] * right, sides.at[0][1] += s[m] * (1.0f - right);
         END(B);
 #endif
     }
@@ -454,15 +475,17 @@ struct Mix {
         if constexpr (!careful) {
             Point p;
             corners(u, p);
-            Vec out{};
-            EACH(B, m) if constexpr (!smooth(bases.at[m])) out += s[m] * p.value[m]; END(B);
-            Place place = find(magnitude(u));
-            if constexpr (even_degree > 0) out += polynomial<even_degree>(even_parts, place);
-            if constexpr (odd_degree > 0) out += signed_as(u, polynomial<odd_degree>(odd_parts, place));
+            Vec out = polynomial<D>(sides, find(u));
+            EACH(B, m)
+                constexpr Base base = bases.at[m];
+                if constexpr (of_slope && base == square) out += s[m] * p.slope[m];
+                if constexpr (!of_slope && !smooth(base)) out += s[m] * p.value[m];
+            END(B);
             return out;
         }
 #endif
-        return sum<careful>(s, evaluate<T>(u).value);
+        Point p = evaluate<T>(u);
+        return sum<careful>(s, of_slope ? p.slope : p.value);
     }
 };
 
@@ -472,7 +495,7 @@ bool forward_row(const T* a, const T* b, const float* c, const float* e, T* y, i
     if constexpr (form == pairs) to_bases_of_pairs(c, s);
     else to_bases(c, s);
     if constexpr (form == both) to_bases(e, t);
-    const Mix<T> first(s), second(form == both ? t : s);
+    const Mix<T, false> first(s), second(form == both ? t : s);
     Vec spoilt{};
     auto step = [&](int64_t j, int n) __attribute__((always_inline)) {
         Vec out;
@@ -499,13 +522,14 @@ bool backward_row(const T* g, const T* a, const T* b, const float* c, const floa
     if constexpr (form == pairs) to_bases_of_pairs(c, s);
     else to_bases(c, s);
     if constexpr (form == both) to_bases(e, t);
+    const Mix<T, true> first_slope(s), second_slope(form == both ? t : s);
     Vec sums[S]{}, other_sums[B]{}, spoilt{};
     auto step = [&](int64_t j, int n) __attribute__((always_inline)) {
-        Vec grad = read(g + j, n), slope, other_slope{};
-        Point first = evaluate<T>(read(a + j, n));
+        Vec grad = read(g + j, n), u = read(a + j, n), slope, other_slope{};
+        Point first = evaluate<T>(u);
         if constexpr (form == plain) {
             EACH(B, m) sums[m] += grad * first.value[m]; END(B);
-            slope = grad * sum<careful>(s, first.slope);
+            slope = grad * first_slope.template at<careful>(u);
         } else if constexpr (form == pairs) {
             Point second = evaluate<T>(read(b + j, n));
             EACH(B, m)
@@ -520,14 +544,14 @@ bool backward_row(const T* g, const T* a, const T* b, const float* c, const floa
                 Point second = evaluate<T>(other);
                 Vec weighted = grad * mixed;
                 EACH(B, m) other_sums[m] += weighted * second.value[m]; END(B);
+                other_slope = weighted * second_slope.template at<careful>(other);
                 other = sum<careful>(t, second.value);
-                other_slope = weighted * sum<careful>(t, second.slope);
             } else {
                 other_slope = grad * mixed;
             }
             Vec weighted = grad * other;
             EACH(B, m) sums[m] += weighted * first.value[m]; END(B);
-            slope = weighted * sum<careful>(s, first.slope);
+            slope = weighted * first_slope.template at<careful>(u);
         }
         if constexpr (!careful) spoilt += (slope + other_slope) * 0.0f;
         write(da + j, slope, n);
