@@ -91,6 +91,7 @@ TASKS = {
         "50 of each class without crops": "plain",
         "50 of each class on a MAE": "pretrained",
     },
+    "tickets_long": {"50 of each class": "each50"},
     "scaling": {size: f"language-{size}" for size in ("24x2", "40x3", "56x4", "80x4")},
 }
 TUNED = ("at rate", "gates' factor")  # columns of a value that tuning has chosen
@@ -278,6 +279,7 @@ def test_every_comparison_of_the_published_runs_is_on_the_page() -> None:
         "transfer",
         "little_data",
         "tickets",
+        "tickets_long",
     } <= shown.keys()
     assert shown == {name: len(study(name).judged) for name in shown}
 
