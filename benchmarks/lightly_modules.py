@@ -3,9 +3,10 @@
     python benchmarks/lightly_modules.py [--precision bf16-mixed] [--only "MAE, 32 px"] [--out FILE]
 
 lightly must be importable (a folder of `pip install --no-deps --target FOLDER lightly lightly_utils` on PYTHONPATH is
-enough). Both sides have the same timm ViT, batch, precision and fused AdamW, run eagerly, and see the same images all
-the time, so that modules, losses and updates are timed and no input. lightly's steps are those of its examples for MAE
-and DINO. Ours do what a training step of tasks.MAE and tasks.DINO does, with GELU layers of ours and with MoA.
+enough). Both sides have the same timm ViT, batch, precision and fused AdamW, and see the same images all the time, so
+that modules, losses and updates are timed and no input. lightly's steps are those of its examples for MAE and DINO,
+which run eagerly. Ours do what a training step of tasks.MAE and tasks.DINO does, with GELU layers of ours and with MoA,
+eagerly and, with GELU, as `--model.compile true` has it.
 """
 
 import argparse
@@ -45,7 +46,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DINO, 32 px": {"image": 32, "batch": 64, "vit": SMALL, "local": (4, 16), "out": 4096},
     "DINO, ViT-S/16, 224 px": {"image": 224, "batch": 4, "vit": {}, "local": (6, 96), "out": 65536},
 }
-OURS = {"ours, GELU": FFNConfig(), "ours, MoA": FFNConfig(mixing="moa")}
+OURS: dict[str, dict[str, Any]] = {
+    "ours, GELU": {"ffn": FFNConfig()},
+    "ours, GELU, compiled": {"ffn": FFNConfig(), "compile": True},
+    "ours, MoA": {"ffn": FFNConfig(mixing="moa")},
+}
 Loss = Callable[[], Tensor]
 
 
@@ -66,9 +71,9 @@ class Step:
             self.after()
 
 
-def our_mae(setting: dict[str, Any], ffn: FFNConfig, precision: str) -> Step:
+def our_mae(setting: dict[str, Any], options: dict[str, Any], precision: str) -> Step:
     dim, depth, heads = setting["decoder"]
-    task = tasks.MAE(BACKBONE, setting["vit"], ffn, decoder_dim=dim, decoder_depth=depth, decoder_heads=heads,
+    task = tasks.MAE(BACKBONE, setting["vit"], **options, decoder_dim=dim, decoder_depth=depth, decoder_heads=heads,
                      image_size=setting["image"], channels=3, seed=0)  # fmt: skip
     task.configure_model()
     images, seeds = _images(setting), torch.arange(setting["batch"])
@@ -98,8 +103,8 @@ def lightly_mae(setting: dict[str, Any], precision: str) -> Step:
     return Step(net, loss, precision)
 
 
-def our_dino(setting: dict[str, Any], ffn: FFNConfig, precision: str) -> Step:
-    task = tasks.DINO(BACKBONE, setting["vit"], ffn, out_dim=setting["out"], drop_path_rate=0.0,
+def our_dino(setting: dict[str, Any], options: dict[str, Any], precision: str) -> Step:
+    task = tasks.DINO(BACKBONE, setting["vit"], **options, out_dim=setting["out"], drop_path_rate=0.0,
                       image_size=setting["image"], channels=3, seed=0)  # fmt: skip
     task.configure_model()
     task.net.train()
@@ -153,7 +158,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    print(f"{options.precision}, eager, {options.threads} threads, torch {torch.__version__}")
+    print(f"{options.precision}, {options.threads} threads, torch {torch.__version__}")
     found = {name: compare(name, options) for name in options.only or SETTINGS}
     if options.out is not None:
         about = {"precision": options.precision, "threads": options.threads, "torch": torch.__version__}
@@ -164,7 +169,7 @@ def compare(name: str, options: Any) -> dict[str, Any]:
     setting = SETTINGS[name]
     theirs, ours = (lightly_mae, our_mae) if "decoder" in setting else (lightly_dino, our_dino)
     steps = {"lightly": theirs(setting, options.precision)}
-    steps |= {variant: ours(setting, ffn, options.precision) for variant, ffn in OURS.items()}
+    steps |= {variant: ours(setting, chosen, options.precision) for variant, chosen in OURS.items()}
     seconds = alternate(steps, Effort(rounds=30, seconds=options.seconds), torch.device("cpu"))
     found = {}
     for variant, times in seconds.items():
@@ -172,7 +177,7 @@ def compare(name: str, options: Any) -> dict[str, Any]:
         speed, ratio = setting["batch"] / statistics.median(times), statistics.median(ratios)
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         found[variant] = {"images_per_second": speed, "of_lightly": ratio, "quartiles": (low, high)}
-        print(f"{name:24} {variant:12} {speed:8.1f} images/s  {ratio:.2f} x lightly ({low:.2f} to {high:.2f})")
+        print(f"{name:24} {variant:20} {speed:8.1f} images/s  {ratio:.2f} x lightly ({low:.2f} to {high:.2f})")
     return found
 
 

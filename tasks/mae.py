@@ -107,8 +107,8 @@ class MAE(SelfSupervised):
         self.net.decoder.register_forward_pre_hook(keep)
 
     def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, predicted patches (B, N, p²·C) and mask (B, N), the mask drawn from the samples' seeds (B,)."""
-        predicted, mask = self.net(images, uniform(seeds, self.net.num_patches, MASK_STREAM))
+        """Loss, predicted patches (B, N, p²·C; 0 where visible) and mask (B, N), drawn from the samples' seeds (B,)."""
+        predicted, mask = self.net(images, uniform(seeds, self.net.num_patches, MASK_STREAM), visible=False)
         target = self.net.patchify(images)
         return masked_pixel_loss(predicted, target, mask, self.normalize_pixels), predicted, mask
 

@@ -38,7 +38,7 @@ class Step:
         loss: of the net, a scalar.
         dtype: bfloat16 runs under autocast.
         flops: of the matrix products of forward and backward.
-        tokens: that pass through each feed-forward layer, by the name of its stack.
+        tokens: that pass through each feed-forward layer, by the name of what holds it.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Step:
     def activation_bytes(self) -> int:
         """Bytes that the activations of all feed-forward layers move at the least in this step."""
         total = 0
-        for stack, tokens in self.tokens.items():
-            for module in self.net.get_submodule(stack).modules():
+        for part, tokens in self.tokens.items():
+            for module in self.net.get_submodule(part).modules():
                 if isinstance(module, FeedForward):
                     total += tokens * bytes_per_token(module.hidden_dim, module.config, DTYPES[self.dtype].itemsize)
         return total
@@ -98,11 +98,13 @@ def mae_step(setting: Setting, ffn: FFNConfig, dtype: str) -> Step:
     noise = torch.rand(sizes.images, net.num_patches, device=setting.device)
 
     def loss() -> Tensor:
-        predicted, mask = net(images, noise)
+        predicted, mask = net(images, noise, visible=False)
         return masked_pixel_loss(predicted, net.patchify(images), mask)
 
     prefix, kept = net.selector.num_prefix_tokens, int(net.num_patches * (1 - net.mask_ratio))
-    tokens = {"encoder": sizes.images * (prefix + kept), "decoder": sizes.images * (prefix + net.num_patches)}
+    *whole, last = (f"decoder.blocks.{n}" for n in range(sizes.decoder_depth))
+    tokens = {"encoder": prefix + kept} | dict.fromkeys(whole, prefix + net.num_patches)
+    tokens = {part: sizes.images * n for part, n in (tokens | {last: net.num_patches - kept}).items()}
     return Step(net, loss, dtype, 3.0 * net.flops_per_image() * sizes.images, tokens)
 
 

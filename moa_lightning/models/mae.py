@@ -20,6 +20,7 @@ from .vit import (
     blocks_flops,
     build_vit,
     check_size,
+    linear_flops,
     make_maskable,
     norms_flops,
     pooled,
@@ -43,8 +44,22 @@ def random_mask(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tenso
     return order[:, :keep], (restore >= keep).to(noise.dtype), restore
 
 
+class LastBlock(Block):
+    """A timm block whose feed-forward layer reads only the tokens that are asked for."""
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Tokens (B, T, D) -> those with the ids (B, M), or all of them."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        if ids is not None:
+            x = x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
 class Decoder(nn.Module):
-    """Predicts the pixels of all patches from the codes of the visible ones: (B, n, D), (B, N) -> (B, N, pixels)."""
+    """Predicts the pixels of patches from the codes of the visible ones: (B, n, D), (B, N) -> (B, N, pixels).
+
+    Of patches (B, M) that are `wanted` alone, all others being 0, it saves what follows the last attention.
+    """
 
     positions: Tensor
 
@@ -54,23 +69,32 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_positions(dim, *grid)[None], persistent=False)
-        self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True) for _ in range(depth))
+        kinds = [Block] * (depth - 1) + [LastBlock]
+        self.blocks = nn.ModuleList(kind(dim, heads, qkv_bias=True) for kind in kinds)
         self.norm = nn.LayerNorm(dim, eps=1e-6)  # as in the blocks
         self.pred = nn.Linear(dim, pixels)
 
-    def forward(self, prefix: Tensor, patches: Tensor, restore: Tensor) -> Tensor:
+    def forward(self, prefix: Tensor, patches: Tensor, restore: Tensor, wanted: Tensor | None = None) -> Tensor:
         prefix, patches = self.embed(prefix), self.embed(patches)
         batch, kept, dim = patches.shape
         masked = self.mask_token.to(patches.dtype).expand(batch, restore.shape[1] - kept, -1)
         x = torch.cat([patches, masked], dim=1).gather(1, restore[:, :, None].expand(-1, -1, dim))
         x = torch.cat([prefix, x + self.positions.to(x.dtype)], dim=1)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.pred(self.norm(x))[:, prefix.shape[1] :]
+        before = prefix.shape[1]
+        x = self.blocks[-1](x, None if wanted is None else wanted + before)
+        pixels = self.pred(self.norm(x))
+        if wanted is None:
+            return pixels[:, before:]
+        zeros = pixels.new_zeros(batch, restore.shape[1], pixels.shape[-1])
+        return zeros.scatter(1, wanted[:, :, None].expand_as(pixels), pixels)
 
 
 class MaskedAutoencoder(nn.Module):
     """Images (B, C, H, W) and noise (B, N) -> predicted patches (B, N, p²·C) and mask (B, N), 1 = removed.
+
+    With `visible=False` only what the loss looks at is computed: predictions of visible patches are 0.
 
     Args:
         backbone: timm model name.
@@ -133,11 +157,12 @@ class MaskedAutoencoder(nn.Module):
         with self.selector.keeping(ids):
             return self.encoder.forward_features(images)
 
-    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, noise: Tensor, visible: bool = True) -> tuple[Tensor, Tensor]:
         kept, mask, restore = random_mask(noise, self.mask_ratio)
         tokens = self.encode(images, kept)
         prefix = self.selector.num_prefix_tokens
-        return self.decoder(tokens[:, :prefix], tokens[:, prefix:], restore), mask
+        wanted = None if visible else restore.argsort(dim=1)[:, kept.shape[1] :]
+        return self.decoder(tokens[:, :prefix], tokens[:, prefix:], restore, wanted), mask
 
     def features(self, images: Tensor) -> Tensor:
         """One vector an image (B, D): the mean of the output patches."""
@@ -148,12 +173,14 @@ class MaskedAutoencoder(nn.Module):
         return patchify(images, self.patch_size)
 
     def flops_per_image(self) -> float:
-        """Matrix-product FLOPs of one forward pass for one image."""
+        """Matrix-product FLOPs of one forward pass for one image, predictions of visible patches left out."""
         encoder, decoder = self.encoder, self.decoder
         seen = self.selector.num_prefix_tokens + int(self.num_patches * (1 - self.mask_ratio))
         tokens = self.selector.num_prefix_tokens + self.num_patches
         patches = 2.0 * encoder.patch_embed.proj.weight.numel() * self.num_patches
         encoding = blocks_flops(encoder.blocks, int(encoder.embed_dim), seen) + norms_flops(encoder, seen)
-        decoding = blocks_flops(decoder.blocks, decoder.embed_dim, tokens) + norms_flops(decoder, tokens)
-        ends = 2.0 * (decoder.embed.weight.numel() * seen + decoder.pred.weight.numel() * tokens)
+        last: Any = decoder.blocks[-1]
+        decoding = blocks_flops(decoder.blocks, decoder.embed_dim, tokens) + norms_flops(decoder, tokens - seen)
+        decoding -= linear_flops(nn.ModuleList([last.norm2, last.mlp]), seen)
+        ends = 2.0 * (decoder.embed.weight.numel() * seen + decoder.pred.weight.numel() * (tokens - seen))
         return patches + encoding + decoding + ends

@@ -167,10 +167,15 @@ def pooled(net: Any, tokens: Tensor) -> Tensor:
 
 
 def blocks_flops(blocks: nn.ModuleList | nn.Sequential, dim: int, tokens: int) -> float:
-    """Matrix-product FLOPs of one forward pass of transformer blocks of width `dim` over `tokens` tokens: 2 per weight
-    of every linear layer and gate and token, 4·dim per pair of tokens."""
-    weights = sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear))
-    return 2.0 * (weights + _gate_weights(blocks)) * tokens + 4.0 * len(blocks) * dim * tokens**2
+    """Matrix-product FLOPs of one forward pass of transformer blocks of width `dim` over `tokens` tokens:
+    `linear_flops`, and 4·dim per pair of tokens."""
+    return linear_flops(blocks, tokens) + 4.0 * len(blocks) * dim * tokens**2
+
+
+def linear_flops(module: nn.Module, tokens: int) -> float:
+    """2 per weight of every linear layer and gate and token."""
+    weights = sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+    return 2.0 * (weights + _gate_weights(module)) * tokens
 
 
 def norms_flops(net: nn.Module, tokens: int) -> float:

@@ -56,7 +56,8 @@ OFFICIAL_GRADIENTS = {
 """norms, of facebookresearch/mae's MaskedAutoencoderViT (commit efb2a80, timm 1.0.31) in float64"""
 
 
-def test_the_whole_net_is_the_official_one() -> None:
+@pytest.mark.parametrize("visible", [True, False])
+def test_the_whole_net_is_the_official_one(visible: bool) -> None:
     """Same sizes, every parameter but the positions filled with `wave`, the same images and noise."""
     net = mae(channels=3).double()
     for parameter in net.parameters():
@@ -64,11 +65,13 @@ def test_the_whole_net_is_the_official_one() -> None:
             parameter.data = wave(parameter.shape)
     given = ((torch.arange(32) * 7919) % 9973 / 9973).view(2, 16)
     pixels = wave((2, 3, IMAGE, IMAGE))
-    predicted, mask = net(pixels, given)
+    predicted, mask = net(pixels, given, visible)
     loss = masked_pixel_loss(predicted, net.patchify(pixels), mask)
     loss.backward()
     assert loss.item() == pytest.approx(1.0142616744660886, rel=EXACT)
-    assert predicted.norm().item() == pytest.approx(7.787496159752473, rel=EXACT)
+    every = predicted if visible else net(pixels, given)[0]
+    assert every.norm().item() == pytest.approx(7.787496159752473, rel=EXACT)
+    assert visible or torch.equal(predicted == 0, (mask == 0)[:, :, None].expand_as(predicted))
     gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     assert torch.nn.utils.get_total_norm(gradients.values()).item() == pytest.approx(0.16611855363414135, rel=EXACT)
     for name, norm in OFFICIAL_GRADIENTS.items():
@@ -211,13 +214,13 @@ def test_variants_start_from_the_same_numbers(ffn: str) -> None:
 @every_family
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     net = mae(name)
-    assert net.flops_per_image() == counted_flops(lambda: net(images(1, 1), noise(1)))
+    assert net.flops_per_image() == counted_flops(lambda: net(images(1, 1), noise(1), visible=False))
 
 
 @pytest.mark.parametrize("ffn", [*FFNS, *PLACES])
 def test_flops_of_every_ffn_are_those_that_torch_counts(ffn: str) -> None:
     net = mae(ffn=ffn, mask_ratio=0.5)
-    assert net.flops_per_image() == counted_flops(lambda: net(images(1, 1), noise(1)))
+    assert net.flops_per_image() == counted_flops(lambda: net(images(1, 1), noise(1), visible=False))
 
 
 @every_family
