@@ -54,8 +54,10 @@ def gate_at_zero(gate: Gate, entries: int) -> float:
 
 
 def _as_written(device: str) -> AbstractContextManager[Any]:
-    """Without autocast; where there is none, without the microseconds that switching it off takes."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    """Without autocast; where there is none, without the microseconds that switching it off takes. An exported program
+    may come to run under it."""
+    needed = torch.is_autocast_enabled(device) or torch.compiler.is_exporting()
+    return torch.autocast(device, enabled=False) if needed else nullcontext()
 
 
 class _WideLinear(torch.autograd.Function):

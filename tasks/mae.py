@@ -107,8 +107,12 @@ class MAE(SelfSupervised):
         self.net.decoder.register_forward_pre_hook(keep)
 
     def reconstruct(self, images: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, predicted patches (B, N, p²·C; 0 where visible) and mask (B, N), drawn from the samples' seeds (B,)."""
-        predicted, mask = self.net(images, uniform(seeds, self.net.num_patches, MASK_STREAM), visible=False)
+        """Loss, predicted patches (B, N, p²·C; in training 0 where visible) and mask (B, N), drawn from the samples'
+        seeds (B,)."""
+        # outside training all patches are computed, as what the mixes do is looked at there; shuffled gates are those
+        # of the token in the same place of another sample, which has to be there
+        visible = not self.training or self.decoder_ffn.gates == "shuffled"
+        predicted, mask = self.net(images, uniform(seeds, self.net.num_patches, MASK_STREAM), visible=visible)
         target = self.net.patchify(images)
         return masked_pixel_loss(predicted, target, mask, self.normalize_pixels), predicted, mask
 

@@ -82,6 +82,16 @@ def test_gate_logits_are_computed_in_float32_under_autocast() -> None:
     torch.testing.assert_close(under_autocast, mixing.coefficients(x), rtol=0, atol=1e-6)
 
 
+def test_an_exported_gate_is_computed_in_float32_under_autocast() -> None:
+    mixing = build(Mixing, "tanh", dim=200)
+    randomise(mixing)
+    x = random_input(6, 200, dtype=torch.float32)
+    exported = torch.export.export(mixing, (x,)).module()
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = exported(x)
+    torch.testing.assert_close(under_autocast, mixing(x), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("gate", [None, "sigmoid"])
 def test_a_small_difference_of_coefficients_reaches_a_bf16_output(gate) -> None:
     """1.003 u − u is 0.003 u; with coefficients rounded to bf16 it would be 0."""

@@ -40,7 +40,9 @@ FLAGS = (
     "-shared",
 )
 BUILD_SECONDS = 120
-NUMBERS_A_THREAD = 8192  # a few microseconds' work, which is about what it takes to wake a thread
+# Numbers that take a few microseconds, about what it takes to wake a thread. All threads or one: OpenMP ends the
+# threads that a smaller team has no use for, and torch's next operation would start them again.
+WORTH_THREADS = 8192
 
 
 def supports(names: tuple[str, ...], dtype: torch.dtype, compute: torch.dtype, device: str) -> bool:
@@ -130,7 +132,7 @@ def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
 
 def _numbers(*sizes: int) -> ctypes.Array[ctypes.c_int64]:
     """Rows, width, strides of a, b, c, e, g; then the threads."""
-    threads = min(torch.get_num_threads(), 1 + sizes[0] * sizes[1] // NUMBERS_A_THREAD)
+    threads = torch.get_num_threads() if sizes[0] * sizes[1] >= WORTH_THREADS else 1
     return (ctypes.c_int64 * 8)(*sizes, threads)
 
 

@@ -94,6 +94,16 @@ def test_mae_validates_on_the_removed_patches_of_every_query(trained) -> None:
     assert float(run.callback_metrics["val/loss"]) == pytest.approx(total / 40, rel=1e-4)
 
 
+@pytest.mark.parametrize("ffn", ["moa", "moa_shuffled_gates"])
+def test_visible_patches_are_predicted_where_mixes_are_looked_at_or_give_their_gates_away(ffn: str) -> None:
+    model = task("mae", ffn, image_size=28, channels=1, seed=0)
+    model.configure_model()
+    for training in (True, False):
+        model.train(training)
+        _, predicted, mask = model.reconstruct(torch.rand(2, 1, 28, 28), torch.arange(2))
+        assert bool((predicted[mask == 0] == 0).all()) == (training and ffn == "moa")
+
+
 def test_a_mask_depends_on_the_seed_of_its_sample_alone(trained) -> None:
     model, _, _, batch = trained("mae")
     order = torch.arange(len(batch["seed"])).flip(0)
