@@ -4,12 +4,14 @@ A process that never comes back from its data, or that died, leaves the others w
 the same silence. So every process notes where it is at each hook of the loop, a thread publishes that in a small store
 beside the run, and the thread whose process has not moved for too long compares the notes: who is furthest behind is
 who the others wait for. The waiting threads cannot be interrupted, so the process ends at once.
+
+Time is counted in looks of the thread, which stand still where the process does: a cluster that suspends a job and
+lets it go on later has not made it hang.
 """
 
 import os
 import sys
 import threading
-import time
 from datetime import timedelta
 from typing import Any
 
@@ -38,7 +40,7 @@ class Watchdog(L.Callback):
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: Any = None
-        self._note = (0, time.monotonic(), "the start")  # order, when, where
+        self._note = (0, "the start")  # order, where
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == TrainerFn.FITTING and trainer.world_size > 1 and self._store is None:
@@ -52,7 +54,7 @@ class Watchdog(L.Callback):
         self._thread.start()
 
     def _moved(self, where: str) -> None:
-        self._note = (self._note[0] + 1, time.monotonic(), where)
+        self._note = (self._note[0] + 1, where)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._moved(f"in the forward pass of step {trainer.global_step + 1}")
@@ -85,11 +87,13 @@ class Watchdog(L.Callback):
 
     def _watch(self) -> None:
         # The first process speaks first, as its exit code counts; where another ends before it, it sees only that.
-        patience = self.timeout * (1 + 2 / LOOKS * (self.rank > 0))
+        patience = LOOKS + 2 * (self.rank > 0)
+        seen, quiet = 0, 0
         while not self._stop.wait(self.timeout / LOOKS):
-            order, since, where = self._note
+            order, where = self._note
+            seen, quiet = order, quiet + 1 if order == seen else 0
             self._publish(f"{order} {where}")
-            if time.monotonic() - since > patience:
+            if quiet >= patience:
                 print(f"moa: {self._diagnosis(where)}", file=sys.stderr, flush=True)
                 os._exit(EXIT_CODE)
 
