@@ -54,6 +54,8 @@ VARIANTS = {
     "ticket, MoA, 30 % kept": "moa_ticket70",
     "ticket, MoA, 10 % kept": "moa_ticket90",
     "what pruning to 10 % gains MoA more than GELU": "moa_prunes",
+    "token choice": "token_choice",
+    "expert choice": "expert_choice",
     "sigmoid": "moa",
     "sigmoid, the paper's start": "paper_start",
 }
@@ -92,6 +94,13 @@ TASKS = {
         "50 of each class on a MAE": "pretrained",
     },
     "tickets_long": {"50 of each class": "each50"},
+    "finetune_experts": {
+        "kind of ending at capacity 0.5": "kind-half",
+        "kind of ending at capacity 1": "kind-one",
+        "kind of ending at capacity 2": "kind-two",
+        "next piece": "next",
+        "indentation": "indent",
+    },
     "scaling": {size: f"language-{size}" for size in ("24x2", "40x3", "56x4", "80x4")},
 }
 TUNED = ("at rate", "gates' factor")  # columns of a value that tuning has chosen
@@ -280,6 +289,7 @@ def test_every_comparison_of_the_published_runs_is_on_the_page() -> None:
         "little_data",
         "tickets",
         "tickets_long",
+        "finetune_experts",
     } <= shown.keys()
     assert shown == {name: len(study(name).judged) for name in shown}
 
