@@ -53,9 +53,9 @@ def gate_at_zero(gate: Gate, entries: int) -> float:
     return {"sigmoid": 0.5, "softmax": 1 / entries, "tanh": 0.0}[gate]
 
 
-def _as_written(device: str) -> AbstractContextManager[Any]:
-    """Without autocast; where there is none, without the microseconds that switching it off takes. An exported program
-    may come to run under it."""
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast switched off; where it is off, without the microseconds that takes. An exported program may come to run
+    under it."""
     needed = torch.is_autocast_enabled(device) or torch.compiler.is_exporting()
     return torch.autocast(device, enabled=False) if needed else nullcontext()
 
@@ -249,7 +249,7 @@ class MixCoefficients(nn.Module):
         assert self.gate_weight is not None
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight = self.gate_weight.to(dtype)
-        with _as_written(x.device.type):
+        with _without_autocast(x.device.type):
             if x.dtype == dtype or not torch.is_grad_enabled():
                 logits = nn.functional.linear(x.to(dtype), weight)
             else:

@@ -103,8 +103,8 @@ def mae_step(setting: Setting, ffn: FFNConfig, dtype: str) -> Step:
 
     prefix, kept = net.selector.num_prefix_tokens, int(net.num_patches * (1 - net.mask_ratio))
     *whole, last = (f"decoder.blocks.{n}" for n in range(sizes.decoder_depth))
-    tokens = {"encoder": prefix + kept} | dict.fromkeys(whole, prefix + net.num_patches)
-    tokens = {part: sizes.images * n for part, n in (tokens | {last: net.num_patches - kept}).items()}
+    each = {"encoder": prefix + kept, **dict.fromkeys(whole, prefix + net.num_patches), last: net.num_patches - kept}
+    tokens = {part: sizes.images * count for part, count in each.items()}
     return Step(net, loss, dtype, 3.0 * net.flops_per_image() * sizes.images, tokens)
 
 

@@ -56,9 +56,9 @@ class LastBlock(Block):
 
 
 class Decoder(nn.Module):
-    """Predicts the pixels of patches from the codes of the visible ones: (B, n, D), (B, N) -> (B, N, pixels).
+    """Predicts the pixels of all patches from the codes of the visible ones: (B, n, D), (B, N) -> (B, N, pixels).
 
-    Of patches (B, M) that are `wanted` alone, all others being 0, it saves what follows the last attention.
+    With `wanted`, ids (B, M), only those patches pass through what follows the last attention; others come out as 0.
     """
 
     positions: Tensor
@@ -80,10 +80,11 @@ class Decoder(nn.Module):
         masked = self.mask_token.to(patches.dtype).expand(batch, restore.shape[1] - kept, -1)
         x = torch.cat([patches, masked], dim=1).gather(1, restore[:, :, None].expand(-1, -1, dim))
         x = torch.cat([prefix, x + self.positions.to(x.dtype)], dim=1)
-        for block in self.blocks[:-1]:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
         before = prefix.shape[1]
-        x = self.blocks[-1](x, None if wanted is None else wanted + before)
+        x = last(x, None if wanted is None else wanted + before)
         pixels = self.pred(self.norm(x))
         if wanted is None:
             return pixels[:, before:]
@@ -181,6 +182,6 @@ class MaskedAutoencoder(nn.Module):
         encoding = blocks_flops(encoder.blocks, int(encoder.embed_dim), seen) + norms_flops(encoder, seen)
         last: Any = decoder.blocks[-1]
         decoding = blocks_flops(decoder.blocks, decoder.embed_dim, tokens) + norms_flops(decoder, tokens - seen)
-        decoding -= linear_flops(nn.ModuleList([last.norm2, last.mlp]), seen)
+        decoding -= linear_flops(last.norm2, seen) + linear_flops(last.mlp, seen)
         ends = 2.0 * (decoder.embed.weight.numel() * seen + decoder.pred.weight.numel() * (tokens - seen))
         return patches + encoding + decoding + ends
