@@ -100,10 +100,14 @@ def is_joint(settings: Any) -> bool:
 def refuse_joint(content: Mapping[str, Any], path: object) -> None:
     """UserError where a checkpoint of one task is wanted and this one has two."""
     if is_joint(content.get("hyper_parameters")):
-        raise UserError(
-            f"'{path}' is of a joint run; make its task a run of its own with moa export --to run --part vision (or "
-            "language) and give that"
-        )
+        raise joint_refused(path)
+
+
+def joint_refused(path: object) -> UserError:
+    return UserError(
+        f"'{path}' is of a joint run; make its task a run of its own with moa export --to run --part vision (or "
+        "language) and give that"
+    )
 
 
 def _unreadable(path: Path, error: BaseException) -> UserError:

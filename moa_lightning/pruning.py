@@ -31,7 +31,7 @@ NET, AVERAGE = "net.", "average."  # and the average of a task's weights as the 
 
 
 def prunable(net: nn.Module, gates: bool, dense_blocks: int) -> dict[str, nn.Parameter]:
-    """Trained weights of the linear layers in the transformer blocks, by qualified name.
+    """Trained weights of the linear layers in the transformer blocks, by qualified name, a shared one by its first.
 
     Patches, embeddings, heads, routers, norms and biases always stay dense.
 
@@ -42,14 +42,14 @@ def prunable(net: nn.Module, gates: bool, dense_blocks: int) -> dict[str, nn.Par
     Raises:
         UserError: nothing is left.
     """
-    found = {}
+    found: dict[str, nn.Parameter] = {}
     for path, block in _blocks(net, dense_blocks):
         for inside, module in block.named_modules():
             leaf = "weight" if isinstance(module, nn.Linear | StackedLinear) else "gate_weight"
             if leaf == "gate_weight" and not (gates and isinstance(module, MixCoefficients)):
                 continue
             parameter = module._parameters.get(leaf)
-            if parameter is not None and parameter.requires_grad:
+            if parameter is not None and parameter.requires_grad and all(parameter is not p for p in found.values()):
                 found[f"{path}.{inside}.{leaf}"] = parameter
     if not found:
         raise UserError("pruning finds no linear layer in trained transformer blocks; lower pruning.dense_blocks")
@@ -90,7 +90,7 @@ def magnitude_masks(
         count, gone = round(sparsity * len(size)), int((size < 0).sum())
         if count < gone and not part:
             raise UserError(
-                f"pruning.sparsity is {sparsity}, and the masks of pruning.mask_from have {gone / len(size):.4g} in "
+                f"pruning.sparsity is {sparsity}, and the masks to go on from have {gone / len(size):.4g} in "
                 f"{names[0] if scope == 'layer' else 'all'} already; give at least that"
             )
         kept = torch.ones(len(size), dtype=torch.bool)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_reading import refuse_joint
+from .checkpoint_reading import DOMAINS, joint_refused, refuse_joint
 from .checkpoints import RunCheckpointIO
 from .errors import UserError
 from .feedforward import FeedForward, MixedLayer
@@ -122,6 +122,8 @@ def matched(wanted: list[str], known: Mapping[str, GivenMix], path: Path) -> dic
     if all(TWIN.sub("", name) in known for name in wanted):
         return {name: known[TWIN.sub("", name)] for name in wanted}
     ours, theirs = _by_place(wanted), _by_place(list(known))
+    if {name.partition(".")[0] for name in known} == set(DOMAINS):
+        raise joint_refused(path)
     if len(ours) != 1 or len(theirs) != 1:
         missing = next(name for name in wanted if TWIN.sub("", name) not in known)
         raise UserError(

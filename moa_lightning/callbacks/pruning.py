@@ -117,6 +117,14 @@ class Pruning(L.Callback):
             return
         if self._restored.get("made_of") == self.made_of:
             self.masks = unpacked(self._restored["masks"])
+        elif self._restored and self._goes_on(trainer):
+            changed = ", ".join(
+                f"pruning.{k}" for k, v in self.made_of.items() if v != self._restored["made_of"].get(k)
+            )
+            raise UserError(
+                f"a run goes on with the masks that it has, and {changed} would make others; leave that out, or prune "
+                "in a new run with --pruning.mask_from"
+            )
         else:
             self.masks = self._make(pl_module)
         self._held = held = HeldMasks(pl_module, self.masks)
@@ -131,31 +139,40 @@ class Pruning(L.Callback):
         if self._held is not None:
             self._held.gradients()
 
+    def _goes_on(self, trainer: L.Trainer) -> bool:
+        """Whether the checkpoint is of this run, and not one that it begins with."""
+        folder, given = run_folder(trainer), trainer.ckpt_path
+        if folder is None or given is None:
+            return False
+        return Path(given).absolute().is_relative_to(folder.absolute())
+
     def _make(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
         own = prunable(pl_module, self.gates, self.dense_blocks)
         if self.mask_from is None:
             weights = {name: whole(parameter).detach().cpu() for name, parameter in own.items()}
-            masks = magnitude_masks(weights, {}, self.sparsity, self.scope)
+            before = unpacked(self._restored.get("masks", {}))
+            if before and before.keys() != weights.keys():
+                raise _other_layers(f"the checkpoint '{pl_module.trainer.ckpt_path}'", len(before), len(weights))
+            masks = magnitude_masks(weights, before, self.sparsity, self.scope)
         else:
             shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
             found = _trained(self.mask_from, shapes, encoder_prefixes(name for name, _ in pl_module.named_parameters()))
-            masks = self._carried(found, pl_module.trainer) if found.said else self._further(found)
+            masks = self._taken(found, pl_module.trainer)
         return shuffled(masks, int(pl_module.seed)) if self.shuffle else masks  # type: ignore[arg-type]
 
-    def _further(self, found: Trained) -> dict[str, Tensor]:
+    def _taken(self, found: Trained, trainer: L.Trainer) -> dict[str, Tensor]:
+        """The other run's masks as they are, where they have the sparsity that is wanted, or its weights ranked."""
+        if found.said:
+            if self.sparsity < found.sparsity - ALIKE:
+                raise UserError(
+                    f"pruning.sparsity is {self.sparsity}, and '{self.mask_from}' has {found.sparsity:.4g}; give that "
+                    "to take its masks, or more"
+                )
+            if trainer.is_global_zero:
+                log.warning("%s", found.said)
+        if found.masks and abs(self.sparsity - found.sparsity) <= ALIKE and (found.said or self.scope == "global"):
+            return found.masks
         return magnitude_masks(found.weights, found.masks, self.sparsity, self.scope, part=bool(found.said))
-
-    def _carried(self, found: Trained, trainer: L.Trainer) -> dict[str, Tensor]:
-        """The masks of a net of which this one has a part: as they are, or pruned further."""
-        if self.sparsity < found.sparsity - ALIKE:
-            raise UserError(
-                f"pruning.sparsity is {self.sparsity}, and '{self.mask_from}' has {found.sparsity:.4g}; give that to "
-                "take its masks, or more"
-            )
-        if trainer.is_global_zero:
-            log.warning("%s", found.said)
-        as_they_are = found.masks and self.sparsity <= found.sparsity + ALIKE
-        return found.masks if as_they_are else self._further(found)
 
     def _report(self, trainer: L.Trainer) -> None:
         densities, found = density(self.masks), sparsity_of(self.masks)
@@ -219,10 +236,14 @@ def _trained(source: str, shapes: dict[str, tuple[int, ...]], prefixes: list[str
                 f"pruning.mask_from: '{source}' has no {other} of shape {shapes[name]}; name a run of the same net"
             )
     if held and held.keys() != set(names.values()):
-        raise UserError(
-            f"pruning.mask_from: '{source}' is pruned in {len(held)} layers and this run would be in {len(names)}; "
-            "give the same pruning.gates and pruning.dense_blocks"
-        )
+        raise _other_layers(f"pruning.mask_from: '{source}'", len(held), len(names))
     weights = {name: state[other] for name, other in names.items()}
     carried = {name: held[other] for name, other in names.items()} if held else {}
     return Trained(weights, carried, sparsity_of(masks) if masks else 0.0, said)
+
+
+def _other_layers(what: str, theirs: int, own: int) -> UserError:
+    return UserError(
+        f"{what} is pruned in {theirs} layers and this run would be in {own}; give the same pruning.gates, "
+        "pruning.dense_blocks and, of a joint run, model.tie"
+    )

@@ -1,18 +1,23 @@
 """`moa export --to run`: one task of a joint run as the folder of a run of its own.
 
 In it are the settings that this task alone would have been trained with, its weights (of tied parameters the shared
-value) and what its checkpoint keeps, so every command takes it: test, predict, generate, export, a start for others. It
-has no state of an optimiser, from which training could go on.
+value), its masks where it is pruned, and what its checkpoint keeps, so every command takes it: test, predict, generate,
+export, a start for others. It has no state of an optimiser, from which training could go on.
 """
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..checkpoint_reading import LANGUAGE, PARTS, VISION, is_joint
 from ..errors import UserError
+from ..pruning import density, packed, sparsity_of, unpacked
 
-PROBE = "OnlineProbe"  # the callback whose state judges images
+PROBE, PRUNER = "OnlineProbe", "Pruning"  # the callbacks whose states judge images and hold masks
 
 
 def write_part(checkpoint: str, domain: str | None, out: Path) -> int:
@@ -35,7 +40,8 @@ def write_part(checkpoint: str, domain: str | None, out: Path) -> int:
 
     from ..checkpoints import RunCheckpointIO
     from ..configs import load_config
-    from ..run_folder import CHECKPOINTS, CONFIG, LAST, TOKENIZER, checkpoint_path, run_of_checkpoint
+    from ..run_folder import CHECKPOINTS, CONFIG, LAST, PRUNING, TOKENIZER, checkpoint_path, run_of_checkpoint
+    from ..transplants import MIXING
 
     path = str(checkpoint_path(checkpoint, None))
     files = RunCheckpointIO()
@@ -49,11 +55,21 @@ def write_part(checkpoint: str, domain: str | None, out: Path) -> int:
         raise UserError(f"no {CONFIG} lies beside '{path}' to say what its data are; keep it in its run's folder")
     part = _part_of(content, domain)
     config = _config_of(load_config(str(run / CONFIG)).content, domain, part["hyper_parameters"], str(run / CONFIG))
+    masks, pruned = _masks_of(content, domain), {}
+    if masks:
+        made_of = {**content["callbacks"][PRUNER]["made_of"], "sparsity": round(sparsity_of(masks), 4)}
+        part["callbacks"][PRUNER] = {"made_of": made_of, "masks": packed(masks)}
+        config["pruning"] = {**config["pruning"], "sparsity": made_of["sparsity"]}
+        pruned = {**made_of, "found": sparsity_of(masks), "density": density(masks)}
+    mixes = _mixes_of(run / MIXING, domain)
     with new_folder(str(out)) as folder:
         with writing(str(out)):
             (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
             if domain == LANGUAGE and (run / TOKENIZER).is_file():
                 shutil.copyfile(run / TOKENIZER, folder / TOKENIZER)
+            for name, facts in (MIXING, mixes), (PRUNING, pruned):
+                if facts:
+                    (folder / name).write_text(json.dumps(facts, indent=2) + "\n")
         files.save_checkpoint(part, folder / CHECKPOINTS / LAST)
         files.teardown()  # waits until it is on the disk
     return len(part["state_dict"])
@@ -71,6 +87,39 @@ def _part_of(content: dict[str, Any], domain: str) -> dict[str, Any]:
     options = dict(content["hyper_parameters"][domain]["options"])
     probe = {name: saved for name, saved in content.get("callbacks", {}).items() if (domain, name) == (VISION, PROBE)}
     return {**fields, **kept, "state_dict": state, "hyper_parameters": options, "callbacks": probe}
+
+
+def _masks_of(content: Mapping[str, Any], domain: str) -> dict[str, Tensor]:
+    """The masks of the task's weights, by the names that they have in its own run."""
+    masks = unpacked(content.get("callbacks", {}).get(PRUNER, {}).get("masks", {}))
+    state, own = content["state_dict"], f"net.{domain}."
+    found = {name: mask for name, mask in masks.items() if name.startswith(own)}
+    if "ffn" in content["hyper_parameters"]["tie"]:  # a shared weight has its mask under its name in the other task
+        shared = {name: mask for name, mask in masks.items() if not name.startswith(own)}
+        for name, weight in state.items():
+            same = (m for n, m in shared.items() if m.shape == weight.shape and weight.equal(state[n]))
+            mask = next(same, None) if name.startswith(own) else None
+            found |= {} if mask is None else {name: mask}
+    return {f"net.{name.removeprefix(own)}": mask for name, mask in found.items()}
+
+
+def _mixes_of(path: Path, domain: str) -> dict[str, Any]:
+    """What the joint run's mixing.json says of the task's mixes; nothing where it has none, or calls whole layers that
+    are shared by the other task's name."""
+    from ..run_folder import read_json
+
+    content = read_json(path)
+    if content is None:
+        return {}
+    try:
+        layers = {
+            name.removeprefix(domain).lstrip("./"): {**layer, "module": layer["module"].removeprefix(f"{domain}.")}
+            for name, layer in content["layers"].items()
+            if layer["module"].startswith(f"{domain}.")
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): remove it and try again") from error
+    return {**content, "layers": layers} if layers else {}
 
 
 def _config_of(whole: dict[str, Any], domain: str, options: dict[str, Any], name: str) -> dict[str, Any]:

@@ -72,6 +72,27 @@ def test_a_round_that_was_stopped_goes_on_with_its_mask(moa: Moa) -> None:
     assert all(abs(share - 0.3) < 0.01 for share in density(masks("parts")).values())
 
 
+def test_masks_are_not_made_anew_from_weights_that_they_have_zeroed(moa: Moa) -> None:
+    line = f"{LINE} --model.backbone_args.depth 2 --trainer.max_steps 3 --pruning.sparsity 0.5"
+    assert moa(f"{line} --run_dir ticket").code == 0
+    config = Path("ticket/config.yaml").read_text()
+    for option, name in (("sparsity 0.3", "sparsity"), ("sparsity 0.8", "sparsity"), ("shuffle true", "shuffle")):
+        refused = moa(f"fit --run_dir ticket --ckpt_path last --trainer.max_steps 4 --pruning.{option}")
+        assert (refused.code, refused.err.count("\n")) == (2, 1), refused.err
+        assert f"goes on with the masks that it has, and pruning.{name} would make others" in refused.err
+    assert Path("ticket/config.yaml").read_text() == config
+    begin = "fit --ckpt_path ticket/checkpoints/last.ckpt --trainer.max_steps 4 --run_dir"
+    refused = moa(f"{begin} x --pruning.sparsity 0.3")
+    assert (refused.code, "the masks to go on from have 0.5 in all already" in refused.err) == (2, True)
+    refused = moa(f"{begin} y --pruning.sparsity 0.6 --pruning.dense_blocks 1")
+    assert (refused.code, "give the same pruning.gates" in refused.err) == (2, True), refused.err
+    assert moa(f"{begin} further --pruning.sparsity 0.6").code == 0
+    before, after = masks("ticket"), masks("further")
+    assert not any((after[name] & ~mask).any() for name, mask in before.items())
+    assert moa("fit --run_dir ticket --ckpt_path last --trainer.max_steps 4").code == 0
+    assert all(torch.equal(mask, before[name]) for name, mask in masks("ticket").items())
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
