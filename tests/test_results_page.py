@@ -58,6 +58,13 @@ VARIANTS = {
     "expert choice": "expert_choice",
     "sigmoid": "moa",
     "sigmoid, the paper's start": "paper_start",
+    "no mix": "none",
+    "gate, sigmoid": "gate_fixed",
+    "gate, LA": "gate_la",
+    "gate, MoA": "gate_moa",
+    "norm, tanh": "norm_fixed",
+    "norm, LA": "norm_la",
+    "norm, MoA": "norm_moa",
 }
 TASKS = {
     "claims": {
@@ -290,6 +297,7 @@ def test_every_comparison_of_the_published_runs_is_on_the_page() -> None:
         "tickets",
         "tickets_long",
         "finetune_experts",
+        "places",
     } <= shown.keys()
     assert shown == {name: len(study(name).judged) for name in shown}
 
