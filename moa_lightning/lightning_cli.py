@@ -234,6 +234,8 @@ class MoaCLI(LightningCLI):
             raise UserError(f"trainer: {error}") from error
         if self.subcommand == "fit":
             check_share(self.model, self.datamodule, self.trainer.world_size)
+        elif self.subcommand == "validate" and self._get(self.config, "freeze_gates"):
+            self._check_gates_can_be_held()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -280,12 +282,17 @@ class MoaCLI(LightningCLI):
         if batches := self._get(self.config, "freeze_gates"):
             self._validate_with_held_gates(batches)
 
-    def _validate_with_held_gates(self, batches: int) -> None:
-        """Validate again with the gates at their mean over training data; both results go to held_gates.json."""
+    def _check_gates_can_be_held(self) -> None:
         if self.trainer.world_size > 1:
             raise UserError("--freeze_gates needs the whole net in one process: set --trainer.devices 1")
         if isinstance(self.model, tasks.Joint) and self.model.tie:
-            raise UserError("--freeze_gates holds each mix at its own mean, which tied ones cannot have")
+            raise UserError(
+                "--freeze_gates holds each mix at its own mean, which tied ones cannot have; add --model.tie '[]' to "
+                "hold them one by one"
+            )
+
+    def _validate_with_held_gates(self, batches: int) -> None:
+        """Validate again with the gates at their mean over training data; both results go to held_gates.json."""
         trained = self._metrics()
         self.model.keep_weights()
         self.model.to(self.trainer.strategy.root_device).eval()

@@ -201,6 +201,11 @@ def _sentence(error: Exception, options: list[Option], fragments: list[Fragment]
             "the checkpoint has weights but no state of training to go on from; start a new run with these weights: "
             "--model.weights_from and its folder"
         )
+    if _while_loading(error) and "different number of parameter groups" in message:
+        return (
+            "the checkpoint's optimiser has other groups of parameters than these options make (model.tie, optimizer): "
+            "leave changed ones out, or start a new run"
+        )
     if _while_loading(error):
         what = f"{type(error).__name__}: {message[:LONGEST_REASON]}"
         return f"the checkpoint cannot be loaded ({what}); it is damaged or of another program, so give another one"

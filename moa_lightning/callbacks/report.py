@@ -59,7 +59,7 @@ class RunReport(L.Callback):
             environment.record(self.run_dir, {**start, **facts}, goes_on=trainer.global_step > 0)
         for name, text in lines.items():
             self._print(f"{name:<8}{text}")
-        for start in getattr(pl_module, "starts", []):
+        for start in getattr(pl_module, "starts", []) if trainer.global_step == 0 else []:
             self._print(f"{'start':<8}{start}")
         for note in self.notes:
             self._print(f"{'note':<8}{note}")

@@ -39,7 +39,8 @@ def test_a_finished_net_goes_on_as_moa_from_its_loss(moa: Moa) -> None:
     assert missing.code == 2
     assert "model.weights_from: there is no nowhere" in missing.err
     Path("base").rename("elsewhere")
-    assert moa("fit --run_dir moa --ckpt_path last --trainer.max_steps 4").code == 0  # the checkpoint has it all
+    resumed = moa("fit --run_dir moa --ckpt_path last --trainer.max_steps 4")
+    assert (resumed.code, "weights from" in resumed.out) == (0, False)  # the checkpoint has it all
 
 
 JOINT = "fit -c configs/joint/mae_gpt_tiny.yaml -c configs/trainer/cpu.yaml"
@@ -104,6 +105,8 @@ def test_a_joint_run_is_resumed_judged_and_exported(moa: Moa, words: None) -> No
     )
     outcome = moa(f"{JOINT} {small} --trainer.max_steps 2 --run_dir both")
     assert outcome.code == 0, outcome.err
+    outcome = moa("fit --run_dir both --ckpt_path last --trainer.max_steps 4 --model.tie []")
+    assert (outcome.code, "model.tie, optimizer" in outcome.err) == (2, True), outcome.err
     outcome = moa("fit --run_dir both --ckpt_path last --trainer.max_steps 4")
     assert outcome.code == 0, outcome.err
     result = json.loads(Path("both/result.json").read_text())
@@ -122,7 +125,7 @@ def test_a_joint_run_is_resumed_judged_and_exported(moa: Moa, words: None) -> No
     outcome = moa("predict --ckpt_path both/checkpoints/last.ckpt")
     assert (outcome.code, "takes the samples of one task" in outcome.err) == (2, True)
     outcome = moa("validate --ckpt_path both/checkpoints/last.ckpt --freeze_gates 2")
-    assert (outcome.code, "tied ones cannot have" in outcome.err) == (2, True)
+    assert (outcome.code, "tied ones cannot have" in outcome.err, "val/loss" in outcome.out) == (2, True, False)
     outcome = moa("validate --ckpt_path both/checkpoints/last.ckpt --freeze_gates 2 --model.tie []")
     assert outcome.code == 0, outcome.err
 
