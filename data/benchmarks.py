@@ -122,8 +122,10 @@ def _microsoft(task: Benchmark, place: Path) -> dict[str, list[Row]]:
     held_out = {tuple(record.values.values()) for record in read_records(place / DEV_IDS, ("#1 ID", "#2 ID"))}
     parts: dict[str, list[Row]] = {"train": [], "val": []}
     for record in read_records(place / MSR_TRAIN):
-        ids = (record.values["#1 ID"], record.values["#2 ID"])
+        ids = (text_of(record, "#1 ID"), text_of(record, "#2 ID"))
         parts["val" if ids in held_out else "train"].append(_row(task, record))
+    if not parts["val"]:
+        raise UserError(f"'{place / DEV_IDS}' names no pair of {MSR_TRAIN} to validate on: put GLUE's file there")
     if (place / MSR_TEST).exists():
         parts["test"] = _rows(task, read_records(place / MSR_TEST))
     return parts

@@ -119,6 +119,11 @@ class LabelledText(TokenModule):
         rows = self.read()
         if not rows["train"]:
             raise UserError(f"{self.describe_rows()['source']} has no text to train on: give some")
+        for split in [split for split, part in rows.items() if not part]:
+            raise UserError(
+                f"{self.describe_rows()['source']} has no text in its {split} split: give {split} data or a larger "
+                f"{split}_fraction"
+            )
         if self.train_fraction < 1:
             rows["train"] = self._share(rows["train"])
         texts = len(rows["train"][0].texts)
@@ -143,7 +148,6 @@ class LabelledText(TokenModule):
                 self.seed if split == "train" else EVAL_SEED,
             )
             for split, part in rows.items()
-            if part
         }
 
     def _share(self, rows: list[Row]) -> list[Row]:

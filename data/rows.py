@@ -32,7 +32,7 @@ def read_records(path: Path, columns: Sequence[str] | None = None, skip_broken: 
         skip_broken: leave out lines of a table that have too few cells, for which there is no other sign.
 
     Raises:
-        UserError: the file cannot be read, or a line is no such row.
+        UserError: the file cannot be read or has no row, a line is no such row, or a column is named twice.
     """
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
@@ -42,17 +42,32 @@ def read_records(path: Path, columns: Sequence[str] | None = None, skip_broken: 
         raise UserError(f"text file '{path}' is not UTF-8 at byte {error.start}: repair it") from error
     numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip("\r")]
     if path.suffix in JSON_LINES:
-        yield from (_json(f"{path} line {number}", line) for number, line in numbered)
-        return
+        records: Iterator[Record] = (_json(f"{path} line {number}", line) for number, line in numbered)
+    else:
+        records = _table(path, numbered, columns, skip_broken)
+    first = next(records, None)
+    if first is None:
+        raise UserError(f"text file '{path}' has no row: give one that has some")
+    yield first
+    yield from records
+
+
+def _table(
+    path: Path, numbered: list[tuple[int, str]], columns: Sequence[str] | None, skip_broken: bool
+) -> Iterator[Record]:
+    """The rows of a table's lines, which come with their numbers."""
     if columns is None:
         if not numbered:
             raise UserError(f"text file '{path}' is empty: give one whose first line names the columns")
-        columns, numbered = numbered[0][1].split("\t"), numbered[1:]
+        (header, line), numbered = numbered[0], numbered[1:]
+        columns = line.split("\t")
+        if twice := [name for name in columns if columns.count(name) > 1]:
+            raise UserError(f"{path} line {header} names the column '{twice[0]}' twice: rename one of the two")
     for number, line in numbered:
         cells = line.split("\t")
-        if len(cells) >= len(columns):
-            yield Record(f"{path} line {number}", dict(zip(columns, cells, strict=False)))
-        elif not skip_broken:
+        if len(cells) == len(columns):
+            yield Record(f"{path} line {number}", dict(zip(columns, cells, strict=True)))
+        elif len(cells) > len(columns) or not skip_broken:
             raise UserError(f"{path} line {number} has {len(cells)} cells for {len(columns)} columns: repair it")
 
 

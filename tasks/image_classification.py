@@ -28,7 +28,7 @@ from moa_lightning.optim import OptimizerConfig
 from moa_lightning.run_folder import given_checkpoint
 
 from .base import Recompute, Task, as_config, check_numbers
-from .fine_tuning import check_labelled
+from .fine_tuning import check_judged, check_labelled
 from .vision import BANK, token_classes
 
 log = logging.getLogger(__name__)
@@ -214,6 +214,14 @@ class ImageClassification(Task):
         weights = self.hparams["backbone_weights"]
         if self.global_step == 0 and weights is not None and given_checkpoint(weights) is None:
             raise UserError(no_weights(weights))
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        check_judged(self, "val", "image")
+
+    def on_test_start(self) -> None:
+        super().on_test_start()
+        check_judged(self, "test", "image")
 
     def learning_rates(self) -> dict[str, float] | None:
         decay = self.hparams["layer_decay"]

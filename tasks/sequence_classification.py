@@ -22,7 +22,7 @@ from moa_lightning.moe import MoEConfig
 from moa_lightning.optim import OptimizerConfig
 
 from .base import Recompute, check_numbers
-from .fine_tuning import check_labelled
+from .fine_tuning import check_judged, check_labelled
 from .gpt import GPTTask
 
 
@@ -95,6 +95,14 @@ class SequenceClassification(GPTTask):
     def on_train_start(self) -> None:
         super().on_train_start()
         check_labelled(self, "text")
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        check_judged(self, "val", "text")
+
+    def on_test_start(self) -> None:
+        super().on_test_start()
+        check_judged(self, "test", "text")
 
     def learning_rates(self) -> dict[str, float] | None:
         decay = self.hparams["layer_decay"]

@@ -71,6 +71,23 @@ def test_what_cannot_be_is_one_sentence(moa: Moa, line: str, words: str) -> None
     assert len(outcome.err.strip().splitlines()) == 1
 
 
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "'held_out.jsonl' has no row"),
+        ('{"text": "ox"}\n' * 3, "none of the 3 validation texts has one"),
+    ],
+)
+def test_a_fit_that_could_not_validate_leaves_nothing(moa: Moa, content: str, words: str) -> None:
+    Path("held_out.jsonl").write_text(content)
+    outcome = moa(f"{JUDGE} --data.val held_out.jsonl --trainer.max_steps 4 --run_dir run")
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert not Path("run").exists()
+
+
 def test_a_fit_on_labels_is_planned(moa: Moa) -> None:
     outcome = moa("plan -c configs/language/classify_tiny.yaml -c configs/ffn/moa.yaml --device h100")
     assert outcome.code == 0, outcome.err

@@ -14,7 +14,7 @@ import torch
 import data
 from data.benchmarks import BENCHMARKS, EXPERT_CHOICE
 from data.documents import Document, split_documents, stdlib_documents
-from data.labelled_text import fitting
+from data.labelled_text import Row, fitting
 from data.stdlib_tasks import PIECE, STDLIB_TASKS, read_stdlib
 from moa_lightning.errors import UserError
 
@@ -165,6 +165,94 @@ def test_what_is_missing_is_named(case: str, tmp_path: Path, monkeypatch: pytest
     options, words = MISTAKES[case]
     with pytest.raises(UserError, match=words):
         data.TextTask(**options).setup()
+
+
+DAMAGES = {
+    "mrpc, other names": (
+        "mrpc",
+        {
+            "MRPC/msr_paraphrase_train.txt": "Quality|ID1|ID2|#1 String|#2 String\n1|10|11|a|b",
+            "MRPC/dev_ids.tsv": "10|11",
+        },
+        r"msr_paraphrase_train\.txt line 2 has no text '#1 ID': it has Quality, ID1, ID2, #1 String, #2 String",
+    ),
+    "mrpc, other pairs": (
+        "mrpc",
+        {
+            "MRPC/msr_paraphrase_train.txt": "Quality|#1 ID|#2 ID|#1 String|#2 String\n1|10|11|a|b",
+            "MRPC/dev_ids.tsv": "11|10",
+        },
+        r"MRPC/dev_ids\.tsv' names no pair of msr_paraphrase_train\.txt to validate on",
+    ),
+    "no byte": (
+        "boolq",
+        {"BoolQ/train.jsonl": '{"question": "q", "passage": "p", "label": true}', "BoolQ/val.jsonl": ""},
+        r"BoolQ/val\.jsonl' has no row",
+    ),
+    "broken lines only": (
+        "qqp",
+        {
+            "QQP/train.tsv": "id|qid1|qid2|question1|question2|is_duplicate\n1|1|2|a|b|1",
+            "QQP/dev.tsv": "id|qid1|qid2|question1|question2|is_duplicate\n1|1|2|a",
+        },
+        r"QQP/dev\.tsv' has no row",
+    ),
+    "no test row": (
+        "rte",
+        {
+            "RTE/train.tsv": "index|sentence1|sentence2|label\n0|a|b|entailment",
+            "RTE/dev.tsv": "index|sentence1|sentence2|label\n0|a|b|entailment",
+            "RTE/test.tsv": "index|sentence1|sentence2",
+        },
+        r"RTE/test\.tsv' has no row",
+    ),
+    "a tab in a sentence": (
+        "cola",
+        {"CoLA/train.tsv": "gj04|1||They left.\ngj04|1||They|left."},
+        r"CoLA/train\.tsv line 2 has 5 cells for 4 columns: repair it",
+    ),
+    "a tab in a question": (
+        "qqp",
+        {"QQP/train.tsv": "id|qid1|qid2|question1|question2|is_duplicate\n1|1|2|a|b|1|c"},
+        r"QQP/train\.tsv line 2 has 7 cells for 6 columns: repair it",
+    ),
+    "a column twice": (
+        "sst2",
+        {"SST-2/train.tsv": "sentence|label|sentence\ngood|1|bad"},
+        r"SST-2/train\.tsv line 1 names the column 'sentence' twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_files_are_named(case: str, tmp_path: Path) -> None:
+    task, files, words = DAMAGES[case]
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content.replace("|", "\t"))
+    with pytest.raises(UserError, match=words):
+        opened(tmp_path, task)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize(("ending", "content"), [("jsonl", ""), ("tsv", "text\tlabel\n")])
+def test_a_file_that_is_named_has_rows(split: str, ending: str, content: str, tmp_path: Path) -> None:
+    files = {name: str(tmp_path / f"{name}.tsv") for name in ("train", "val", "test")}
+    for file in files.values():
+        table(Path(file), "text|label", "a|x", "b|y")
+    files[split] = str(tmp_path / f"none.{ending}")
+    Path(files[split]).write_text(content)
+    with pytest.raises(UserError, match=rf"none\.{ending}' has no row: give one that has some"):
+        data.LabelledFiles(**files, batch_size=1).setup()
+
+
+def test_a_split_that_comes_out_empty_is_named() -> None:
+    class Nothing(data.TextTask):
+        def read(self) -> dict[str, list[Row]]:
+            return {**super().read(), "val": []}
+
+    with pytest.raises(UserError, match=r"stdlib_kind has no text in its val split: .* a larger val_fraction"):
+        Nothing("stdlib_kind", context_length=128).setup()
 
 
 def test_own_files_have_a_row_a_line(tmp_path: Path) -> None:

@@ -247,6 +247,14 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     module.splits["train"].labels[5:] = -1
     with pytest.raises(UserError, match="have none, the first of them image 5"):
         trainer(1, tmp_path, limit_val_batches=0).fit(classification(), datamodule=module)
+    module = digits()
+    module.setup()
+    for split in ("val", "test"):
+        module.splits[split].labels[:] = -1
+    run = trainer(1, tmp_path)
+    for judge, name in ((run.fit, "validation"), (run.validate, "validation"), (run.test, "test")):
+        with pytest.raises(UserError, match=f"none of the [0-9]+ {name} images has one: give labelled data"):
+            judge(classification(), datamodule=module)
     for options in ({"mixup": -1.0}, {"layer_decay": 0.0}, {"label_smoothing": 1.0}, {"random_erasing": 1.5}):
         with pytest.raises(UserError, match=next(iter(options))):
             classification(**options)

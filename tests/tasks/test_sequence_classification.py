@@ -159,5 +159,28 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
         trainer(1, tmp_path).fit(judge(), datamodule=module)
     module.splits["test"] = module.splits["val"]
     module.splits["test"].labels[:] = -1
-    with pytest.raises(UserError, match="none of the samples to be judged has a label"):
+    with pytest.raises(UserError, match="none of the 50 test texts has one: give labelled data"):
         trainer(1, tmp_path).test(judge(), datamodule=module, verbose=False)
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_texts_to_be_judged_have_labels(numbers: bool, folder: Path, tmp_path: Path) -> None:
+    """Said before the first step; some labels are enough, and where nothing is judged none are needed."""
+    module, recorder = words(folder, numbers), Recorder()
+    module.setup()
+    labels = module.splits["val"].labels
+    module.splits["test"], hidden = module.splits["val"], module.splits["val"].hidden
+    labels[1:] = hidden
+    run = trainer(1, tmp_path)
+    run.fit(judge(), datamodule=module)
+    run.test(run.model, datamodule=module, verbose=False)
+    labels[:] = hidden
+    run = trainer(1, tmp_path, callbacks=[recorder])
+    with pytest.raises(UserError, match="none of the 50 validation texts has one: give labelled data"):
+        run.fit(judge(), datamodule=module)
+    assert not recorder.losses
+    with pytest.raises(UserError, match="none of the 50 validation texts has one: give labelled data"):
+        run.validate(judge(), datamodule=module, verbose=False)
+    run = trainer(1, tmp_path, limit_val_batches=0)
+    run.fit(judge(), datamodule=module)
+    assert len(run.predict(run.model, datamodule=module)) == 4
