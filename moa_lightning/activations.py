@@ -80,18 +80,23 @@ def register_activation(
     Args:
         name: new name, not yet taken.
         function: maps a tensor to one of the same shape, each number alone, differentiable by autograd.
-        derivative: the derivative as a function of the same input; None lets autograd take it.
+        derivative: the derivative as a function of the same input, or a surrogate for it (ffn.kernel "reference" takes
+            autograd's all the same); None lets autograd take it.
         cost: elementwise operations per number, for cost estimates.
 
     Raises:
-        UserError: the name is taken, or the function does not act on each number alone.
+        UserError: the name is taken, or the function does not act on each number alone or has no derivative.
     """
+    if not name or not callable(function):
+        raise UserError(f"activation '{name}' is {function!r}; give a name and a function of a tensor")
     if name in _POINTWISE or name in _MODULES:
         raise UserError(f"activation '{name}' is already registered; choose another name")
     activation = Activation(name, function, derivative, cost)
-    probe = torch.linspace(-3.0, 3.0, 8)
+    probe = torch.linspace(-2.97, 3.01, 24)
     if not _acts_alone(function, probe):
-        raise UserError(f"activation '{name}' must map each number alone to one number")
+        raise UserError(f"activation '{name}' must map each number alone to one number of its dtype, in a new tensor")
+    if derivative is None and not function(probe.clone().requires_grad_()).requires_grad:
+        raise UserError(f"activation '{name}' must be differentiable by autograd, or come with its derivative")
     if activation.value_and_derivative(probe)[1].shape != probe.shape:
         raise UserError(f"the derivative of activation '{name}' must have the shape of its input")
     _POINTWISE[name] = activation
@@ -100,10 +105,11 @@ def register_activation(
 
 def _acts_alone(function: Pointwise, probe: Tensor) -> bool:
     """Whether the function gives each number of a vector what it gives that number on its own."""
-    whole, alone = function(probe), [function(number) for number in probe.split(1)]
-    if whole.shape != probe.shape or any(value.shape != (1,) for value in alone):
+    given = probe.clone()
+    whole, alone = function(given), [function(number.clone()) for number in probe.split(1)]
+    if whole.shape != probe.shape or whole.dtype != probe.dtype or any(value.shape != (1,) for value in alone):
         return False
-    return torch.allclose(whole, torch.cat(alone), atol=1e-6)
+    return torch.equal(given, probe) and torch.allclose(whole, torch.cat(alone), atol=1e-6)
 
 
 def pointwise(name: str) -> Activation:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .errors import UserError
 from .feedforward import FeedForward, FFNConfig
 from .mixing import FixedActivation, MixCoefficients, Mixing, PairMixing, gate_function
@@ -108,7 +109,7 @@ class StackedMixing(MixCoefficients):
     def _logits(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         assert self.gate_weight is not None
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             x, weight = x.to(dtype), self.gate_weight.to(dtype)
             if rows is not None and x.is_cuda:
                 logits = own_of_every_linear(x, weight, rows)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import DICTIONARY, MODULE_COST, activation_names, is_pointwise, pointwise
+from .autocast import autocast_on
 from .errors import UserError
 from .kernels import KERNELS, Kernel, mix, mix_pairs
 from .mixing import GATE_STD, FixedActivation, Gate, Gates, Mixing, PairMixing
@@ -90,6 +91,8 @@ class FFNConfig:
     """what computes a learned mix: the fastest implementation that works here, or one by name (see kernels)"""
 
     def __post_init__(self) -> None:
+        if isinstance(self.dictionary, str):
+            raise UserError(f"ffn.dictionary is '{self.dictionary}'; give a list of activations, [{self.dictionary}]")
         object.__setattr__(self, "dictionary", tuple(self.dictionary))
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
@@ -265,7 +268,7 @@ class MixedLayer(nn.Module):
 def as_projected(x: Tensor) -> Tensor:
     """x in the dtype in which autocast multiplies it: projections and gates keep this one for the backward pass."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+    if x.dtype == torch.float32 and autocast_on(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -25,13 +25,13 @@ Evaluation windows lie in the order of the text, so there the donor is the text 
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .activations import is_pointwise, module_activation, pointwise
+from .autocast import without_autocast
 from .errors import UserError
 
 Gate = Literal["sigmoid", "softmax", "tanh"]
@@ -53,13 +53,6 @@ def gate_at_zero(gate: Gate, entries: int) -> float:
     return {"sigmoid": 0.5, "softmax": 1 / entries, "tanh": 0.0}[gate]
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast switched off; where it is off, without the microseconds that takes. An exported program may come to run
-    under it."""
-    needed = torch.is_autocast_enabled(device) or torch.compiler.is_exporting()
-    return torch.autocast(device, enabled=False) if needed else nullcontext()
-
-
 class _WideLinear(torch.autograd.Function):
     """weight x in the weight's wider dtype, keeping x as it came: the projections keep that x anyway."""
 
@@ -71,7 +64,7 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             dweight = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(weight.dtype)
             return (dy @ weight).to(x.dtype), dweight
 
@@ -249,7 +242,7 @@ class MixCoefficients(nn.Module):
         assert self.gate_weight is not None
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight = self.gate_weight.to(dtype)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             if x.dtype == dtype or not torch.is_grad_enabled():
                 logits = nn.functional.linear(x.to(dtype), weight)
             else:

@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .errors import UserError
 from .experts import GROUPED_DTYPES, Experts, Rows
 from .feedforward import FeedForward, FFNConfig, flops_per_token, matched_hidden_dim, parameter_count
@@ -70,6 +71,9 @@ class MoEConfig:
         for name in ("experts", "shared_experts", "balance_loss_weight", "balance_bias_rate", "z_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"moe.{name} is {getattr(self, name)} but must be a finite number of at least 0")
+        for name in ("experts", "shared_experts", "top_k"):
+            if int(getattr(self, name)) != getattr(self, name):
+                raise UserError(f"moe.{name} is {getattr(self, name)}; give a whole number")
         if self.experts and self.router == "token_choice" and not 1 <= self.top_k <= self.experts:
             raise UserError(f"moe.top_k is {self.top_k}; give a number from 1 to moe.experts, which is {self.experts}")
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
@@ -129,7 +133,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype))
 
     @torch.no_grad()

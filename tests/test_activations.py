@@ -144,13 +144,29 @@ def test_a_taken_name_is_refused(name: str) -> None:
         lambda u: u.flip(-1),
         lambda u: u[..., :1],
         lambda u: torch.stack([u, u]),
+        lambda u: u.double(),
+        lambda u: u.mul_(2),
     ],
-    ids=["softmax", "centred", "cumsum", "sum", "flip", "first", "doubled"],
+    ids=["softmax", "centred", "cumsum", "sum", "flip", "first", "doubled", "widened", "in_place"],
 )
 def test_a_function_that_couples_numbers_is_refused(function) -> None:
     with pytest.raises(UserError, match="'coupled' must map each number alone"):
         register_activation("coupled", function)
     assert "coupled" not in activation_names()
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("name", "function", "words"),
+    [
+        ("cut", torch.Tensor.detach, "'cut' must be differentiable by autograd, or come with its derivative"),
+        ("number", 3, "'number' is 3; give a name and a function"),
+        ("", torch.sin, "give a name and a function"),
+    ],
+)
+def test_what_is_no_function_or_loses_the_gradient_is_refused(name: str, function, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        register_activation(name, function)
 
 
 @pytest.mark.usefixtures("registry")

@@ -4,11 +4,13 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
-from moa_lightning import FeedForward, FFNConfig
+from moa_lightning import FeedForward, FFNConfig, inject
 from moa_lightning.activations import activation_names
+from moa_lightning.moe import MoE, MoEConfig
 from tests.layers import (
     FORMS,
     GATES,
@@ -292,3 +294,24 @@ def test_bf16_autocast_keeps_the_output_near_float32() -> None:
     assert y.dtype == torch.bfloat16
     exact = layer(x)
     assert ((y - exact).norm() / exact.norm()).item() < 0.02
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FFNConfig(),
+        FFNConfig("la"),
+        FFNConfig("moa", "gated", branches="both"),
+        FFNConfig("moa", "gated", branches="pairs"),
+        FFNConfig("moa", attention_gate="moa", pointwise_norm="moa"),
+    ],
+)
+def test_shapes_are_computed_on_meta(config: FFNConfig) -> None:
+    with torch.device("meta"):
+        vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+        moe = MoE(16, FFNConfig(config.mixing), MoEConfig(experts=4))
+    inject(vit, config)
+    logits = vit(torch.empty(2, 3, 32, 32, device="meta"))
+    logits.sum().backward()
+    assert (logits.shape, logits.device.type) == ((2, 1000), "meta")
+    assert moe(torch.empty(2, 8, 16, device="meta"))[0].shape == (2, 8, 16)

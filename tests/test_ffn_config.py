@@ -86,6 +86,7 @@ def test_matching_against_a_named_baseline_and_hidden_ratio() -> None:
         ({"mixing": "la", "dictionary": ("gelu", "polynorm")}, ("ffn.dictionary", "polynorm", "gelu", "tanh")),
         ({"mixing": "la", "dictionary": ("gelu", "xielu")}, ("ffn.dictionary", "xielu", "gelu", "tanh")),
         ({"mixing": "la", "dictionary": ()}, ("ffn.dictionary",)),
+        ({"mixing": "la", "dictionary": "gelu"}, ("ffn.dictionary", "'gelu'", "list")),
         ({"mixing": "moa", "dictionary": ("gelu", "relu", "gelu")}, ("ffn.dictionary", "gelu", "twice")),
         ({"mixing": "moa", "activation": "silu", "dictionary": ("gelu", "relu")}, ("silu", "ffn.dictionary", "paper")),
         ({"branches": "both"}, ("ffn.branches", "both", "gated")),

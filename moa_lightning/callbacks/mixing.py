@@ -86,11 +86,12 @@ def mix_names(net: nn.Module) -> dict[str, str]:
 def short_names(names: list[str]) -> dict[str, str]:
     """Readable names of modules: net.blocks.3.mlp.up_mix -> block03/up, decoder_blocks.0.mlp.gate_mix ->
     decoder_block00/gate, net.blocks.3.norm1.mix -> block03/norm1, and of a mixture of experts block03/experts/up and
-    block03/shared/up. Where two would be the same, their transformers lead (student/block03/up); where those have no
-    names either, the full path stays."""
+    block03/shared/up. Where two would be the same, their transformers lead all of their mixes (student/block03/up);
+    where those have no names either, the full path stays."""
     short = {name: _short_name(name) for name in names}
     taken = Counter(short.values())
-    longer = {name: value if taken[value] == 1 else _join(_stack(name), value) for name, value in short.items()}
+    alike = {_stack(name) for name, value in short.items() if taken[value] > 1}
+    longer = {name: _join(_stack(name), value) if _stack(name) in alike else value for name, value in short.items()}
     taken = Counter(longer.values())
     return {name: value if taken[value] == 1 else name for name, value in longer.items()}
 
@@ -104,8 +105,9 @@ def _short_name(name: str) -> str:
 
 
 def _stack(name: str) -> str:
-    """What stands before the first numbered container."""
-    before = re.split(r"(?:^|\.)[^.]+\.\d+(?:\.|$)", name, maxsplit=1)[0]
+    """What stands before the first numbered container, or before a layer that lies in none."""
+    before, *inside = re.split(r"(?:^|\.)[^.]+\.\d+(?:\.|$)", name, maxsplit=1)
+    before = before if inside else name.removesuffix(".mix").rpartition(".")[0]
     return ".".join(part for part in before.split(".") if part != "net")
 
 

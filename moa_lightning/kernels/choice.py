@@ -49,13 +49,15 @@ def _choose(kernel: str, names: tuple[str, ...], dtype: torch.dtype, compute: to
             raise UserError(
                 f"ffn.kernel is '{name}', which does not work here for {dtype} tensors on '{device}'; set it to 'auto'"
             )
-    own = sorted(set(names) - BUILT_IN)
     module = compiled if device != "cpu" and compiled.compiler_works() else recompute
-    if own and kernel != "recompute":
-        log.warning(
-            "no hand-written kernel for the activation %s; %s computes the mix", ", ".join(own), module.__name__
-        )
+    for name in sorted(set(names) - BUILT_IN) if kernel != "recompute" else []:
+        _say_unknown(name, module.__name__)
     return recompute if kernel == "recompute" else module
+
+
+@functools.cache
+def _say_unknown(name: str, module: str) -> None:
+    log.warning("no hand-written kernel for the activation %s; %s computes the mix", name, module)
 
 
 @torch.compiler.assume_constant_result

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activations import pointwise
+from ..autocast import without_autocast
 from . import blocked, formula
 from .common import Form, Gradients, weighted
 
@@ -79,7 +80,7 @@ def _value_and_slope(name: str, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pairs(a: Tensor, b: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
     first, second = (torch.stack([_value(name, u.to(c.dtype)) for name in names], -2) for u in (a, b))  # (..., K, h)
-    with torch.autocast(a.device.type, enabled=False):  # the matrix products stay in float32, here and below
+    with without_autocast(a.device.type):  # the matrix products stay in float32, here and below
         inner = torch.matmul(c, _used(second, c, -2))  # (..., K, h): sum_l c_kl sigma_l(b)
     return (_used(first, c, -1) * inner).sum(-2)
 
@@ -88,7 +89,7 @@ def _pairs_backward(g: Tensor, a: Tensor, b: Tensor, c: Tensor, names: tuple[str
     first, first_slope = _activated(a, c, names)
     second, second_slope = _activated(b, c, names)
     g = g.to(c.dtype)[..., None, :]
-    with torch.autocast(a.device.type, enabled=False):  # backward may be called inside an autocast region
+    with without_autocast(a.device.type):  # backward may be called inside an autocast region
         grad_first = g * torch.matmul(c, _used(second, c, -2))  # (..., K, h)
         grad_second = g * torch.matmul(c.mT, _used(first, c, -1))
         dc = torch.matmul(g * first, second.mT)  # (..., K, K)

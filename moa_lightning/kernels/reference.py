@@ -33,6 +33,7 @@ def _pairs(v: Tensor, w: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
     total = torch.zeros_like(v)
     for k, first in enumerate(names):
         for l, second in enumerate(names):  # noqa: E741
-            product = pointwise(first).function(v) * pointwise(second).function(w)
-            total = total + weighted(product, c[..., k, l, None])
+            one, other, weight = pointwise(first).function(v), pointwise(second).function(w), c[..., k, l, None]
+            hidden = (weight == 0) & ~(one * other).isfinite()  # each factor is the gradient of the other
+            total = total + weight * (torch.where(hidden, 0.0, one) * torch.where(hidden, 0.0, other))
     return total

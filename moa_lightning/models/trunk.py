@@ -160,7 +160,7 @@ class Attention(nn.Module):
         batch, length, dim = x.shape
         q, k, v = (
             self.qkv(x)
-            .view(batch, length, -1, self.head_dim)
+            .view(batch, length, self.heads + 2 * self.kv_heads, self.head_dim)
             .transpose(1, 2)
             .split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         )  # each (B, heads, T, head_dim)

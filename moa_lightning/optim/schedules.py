@@ -79,16 +79,19 @@ class OptimizerConfig:
             )
         if self.schedule not in SCHEDULES:
             raise UserError(f"optimizer.schedule is '{self.schedule}'; choose from {', '.join(SCHEDULES)}")
-        if not (self.lr > 0 and self.eps > 0 and 0 < self.decay_fraction <= 1):
-            raise UserError("optimizer needs lr > 0, eps > 0 and 0 < decay_fraction <= 1")
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; give a finite number above 0")
+        if not 0 < self.decay_fraction <= 1:
+            raise UserError(f"optimizer.decay_fraction is {self.decay_fraction}; give a share above 0, 1 at most")
         if self.reference_batch is not None and self.reference_batch < 1:
             raise UserError(f"optimizer.reference_batch is {self.reference_batch}; give a number of samples, or null")
         if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
             raise UserError(f"optimizer.warmup_fraction is {self.warmup_fraction}; give a share from 0 to below 1")
         for name in ("weight_decay", "warmup_steps", "mixing_lr_factor", "gate_lr_factor", "final_lr_factor"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UserError(f"optimizer.{name} is {value} but must not be negative")
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"optimizer.{name} is {value}; give a finite number of at least 0")
         if not 0 <= self.average_decay < 1:
             raise UserError(f"optimizer.average_decay is {self.average_decay}; give a number from 0 to below 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

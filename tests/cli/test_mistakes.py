@@ -92,7 +92,7 @@ CASES = {
     "no data": ("fit --model MAE", ["no data is named", "Images"]),
     "no end": ("fit --model MAE --data Images", ["the run has no end", "--trainer.max_steps"]),
     # numbers
-    "rate": (f"{FIT} --model.optimizer.lr -1", ["lr > 0"]),
+    "rate": (f"{FIT} --model.optimizer.lr -1", ["optimizer.lr is -1", "finite number above 0"]),
     "mask": (f"{FIT} --model.mask_ratio 1.5", ["mask_ratio 1.5"]),
     "heads": (f"{FIT} --model.decoder_heads 0", ["model.decoder_heads is 0 but must be at least 1"]),
     "temperature": (f"{DINO} --model.student_temperature 0", ["model.student_temperature is 0.0 but must be above 0"]),

@@ -281,3 +281,16 @@ def test_second_derivatives(zeros: bool) -> None:
             c[:, 1:], square[:, 1], square[:, :, 0] = 0, 0, 0
     assert torch.autograd.gradgradcheck(lambda u, c: mix(u, c, SEVEN), (a, c))
     assert torch.autograd.gradgradcheck(lambda a, b, c: mix_pairs(a, b, c, PAIRS), (a, b, square))
+
+
+@KERNELS
+def test_a_pair_of_coefficient_zero_hides_an_overflow_from_gradients_too(kernel: Kernel) -> None:
+    a, b = torch.full((1, 1), 1e30, requires_grad=True), torch.full((1, 1), 2.0, requires_grad=True)
+    c = torch.tensor([[0.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    mix_pairs(a, b, c, ("relu2", "tanh"), kernel).sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert c.grad is not None
+    assert a.grad.item() == pytest.approx(0.0, abs=1e-15)
+    assert b.grad.item() == pytest.approx(1 / np.cosh(2.0) ** 2, rel=1e-5)
+    assert c.grad[1].tolist() == pytest.approx([4.0, np.tanh(2.0)], rel=1e-5)

@@ -35,6 +35,11 @@ def test_no_output_depends_on_a_later_token(ffn: str) -> None:
     assert (before[:, 6:] - after[:, 6:]).abs().amax(-1).min() > 1e-3  # and every later one does see a change
 
 
+@pytest.mark.parametrize("shape", [(0, CONTEXT), (2, 0)])
+def test_nothing_in_nothing_out(shape: tuple[int, int]) -> None:
+    assert gpt(FFNConfig("moa"))(torch.zeros(shape, dtype=torch.long)).shape == (*shape, VOCAB)
+
+
 def test_every_output_depends_on_every_earlier_token() -> None:
     net = shake(gpt(FFNConfig("moa"))).double()
     embedded = torch.zeros(1, CONTEXT, SIZE.dim, dtype=torch.float64, requires_grad=True)

@@ -169,9 +169,11 @@ def test_a_cosine_stays_at_its_ends_outside_the_run() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"lr": 0.0}, "lr"),
-        ({"lr": float("nan")}, "lr"),
-        ({"eps": 0.0}, "eps"),
+        ({"lr": 0.0}, "optimizer.lr is 0.0"),
+        ({"lr": float("nan")}, "optimizer.lr is nan"),
+        ({"lr": float("inf")}, "optimizer.lr is inf"),
+        ({"weight_decay": float("inf")}, "optimizer.weight_decay is inf"),
+        ({"eps": 0.0}, "optimizer.eps is 0.0"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"warmup_steps": -1}, "warmup_steps"),
         ({"mixing_lr_factor": -1.0}, "mixing_lr_factor"),
