@@ -90,6 +90,11 @@ TASKS = {
         "MAE of 50 of each class": "mae-50each",
         "MAE of a long tail": "mae-tail",
     },
+    "little_data_plain": {
+        "10 of each class": "classification-10each",
+        "50 of each class": "classification-50each",
+        "long tail": "classification-tail",
+    },
     "tickets": {
         "50 of each class": "each50",
         "100 of each class": "each100",
@@ -294,6 +299,7 @@ def test_every_comparison_of_the_published_runs_is_on_the_page() -> None:
         "experts_2m",
         "transfer",
         "little_data",
+        "little_data_plain",
         "tickets",
         "tickets_long",
         "finetune_experts",
