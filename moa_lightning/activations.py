@@ -89,6 +89,10 @@ def register_activation(
     """
     if not name or not callable(function):
         raise UserError(f"activation '{name}' is {function!r}; give a name and a function of a tensor")
+    if derivative is not None and not callable(derivative):
+        raise UserError(
+            f"the derivative of activation '{name}' is {derivative!r}; give a function of a tensor, or None"
+        )
     if name in _POINTWISE or name in _MODULES:
         raise UserError(f"activation '{name}' is already registered; choose another name")
     activation = Activation(name, function, derivative, cost)
@@ -97,8 +101,9 @@ def register_activation(
         raise UserError(f"activation '{name}' must map each number alone to one number of its dtype, in a new tensor")
     if derivative is None and not function(probe.clone().requires_grad_()).requires_grad:
         raise UserError(f"activation '{name}' must be differentiable by autograd, or come with its derivative")
-    if activation.value_and_derivative(probe)[1].shape != probe.shape:
-        raise UserError(f"the derivative of activation '{name}' must have the shape of its input")
+    slope = activation.value_and_derivative(probe)[1]
+    if slope.shape != probe.shape or slope.dtype != probe.dtype:
+        raise UserError(f"the derivative of activation '{name}' must have the shape and dtype of its input")
     _POINTWISE[name] = activation
     return activation
 

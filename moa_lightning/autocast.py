@@ -7,6 +7,7 @@ import torch
 
 
 def autocast_on(device: str) -> bool:
+    """Whether matrix products on this kind of device run in another dtype now."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 

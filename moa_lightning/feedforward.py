@@ -97,6 +97,9 @@ class FFNConfig:
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise UserError(f"ffn.{field} is '{getattr(self, field)}'; choose from {', '.join(allowed)}")
+        for field in ("gate_bias", "bias"):
+            if not isinstance(getattr(self, field), bool):
+                raise UserError(f"ffn.{field} is '{getattr(self, field)}'; give true or false")
         if self.activation not in activation_names():
             known = ", ".join(activation_names())
             raise UserError(f"ffn.activation '{self.activation}' is unknown; known: {known}")
@@ -302,8 +305,10 @@ class FeedForward(MixedLayer):
         super().__init__()
         if hidden_dim is None:
             hidden_dim = matched_hidden_dim(dim, config, round(config.hidden_ratio * dim), config.match)
-        if hidden_dim < 1:
-            raise UserError(f"the hidden width is {hidden_dim} at model width {dim}; raise ffn.hidden_ratio")
+            if hidden_dim < 1:
+                raise UserError(f"the hidden width is {hidden_dim} at model width {dim}; raise ffn.hidden_ratio")
+        elif hidden_dim < 1:
+            raise UserError(f"hidden_dim is {hidden_dim}; give a whole number of at least 1")
         self.dim, self.hidden_dim, self.config = dim, hidden_dim, config
         self.up_proj = self._linear(dim, hidden_dim)
         self.gate_proj = self._linear(dim, hidden_dim) if config.gated else None

@@ -72,7 +72,7 @@ class MoEConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"moe.{name} is {getattr(self, name)} but must be a finite number of at least 0")
         for name in ("experts", "shared_experts", "top_k"):
-            if int(getattr(self, name)) != getattr(self, name):
+            if getattr(self, name) % 1 != 0:  # inf and NaN too
                 raise UserError(f"moe.{name} is {getattr(self, name)}; give a whole number")
         if self.experts and self.router == "token_choice" and not 1 <= self.top_k <= self.experts:
             raise UserError(f"moe.top_k is {self.top_k}; give a number from 1 to moe.experts, which is {self.experts}")

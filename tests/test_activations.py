@@ -170,6 +170,13 @@ def test_what_is_no_function_or_loses_the_gradient_is_refused(name: str, functio
 
 
 @pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("derivative", [3, lambda u: torch.cos(u).double()], ids=["number", "double"])
+def test_what_is_no_derivative_is_refused(derivative) -> None:
+    with pytest.raises(UserError, match="the derivative of activation 'sine'"):
+        register_activation("sine", torch.sin, derivative)
+
+
+@pytest.mark.usefixtures("registry")
 def test_a_derivative_of_another_shape_is_refused() -> None:
     with pytest.raises(UserError, match=r"derivative of activation 'scaled'.*shape"):
         register_activation("scaled", lambda u: 2 * u, lambda u: torch.tensor(2.0))

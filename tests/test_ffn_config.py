@@ -98,6 +98,8 @@ def test_matching_against_a_named_baseline_and_hidden_ratio() -> None:
         ({"start_from": "runs/x"}, ("ffn.start_from", "LA", "fixed")),
         ({"gate_std": 0.0}, ("ffn.gate_std", "0.0")),
         ({"hidden_extra": -1}, ("ffn.hidden_extra", "-1")),
+        ({"bias": "no"}, ("ffn.bias", "no", "true or false")),
+        ({"gate_bias": "no"}, ("ffn.gate_bias", "no", "true or false")),
     ],
     ids=str,
 )
@@ -128,3 +130,8 @@ def test_config_survives_plain_values() -> None:
 def test_a_width_below_one_unit_is_refused() -> None:
     with pytest.raises(UserError, match="hidden"):
         FeedForward(8, FFNConfig(hidden_ratio=0.01))
+
+
+def test_a_given_width_below_one_is_named_as_it_was_given() -> None:
+    with pytest.raises(UserError, match=r"^hidden_dim is -3; give"):
+        FeedForward(4, FFNConfig(), hidden_dim=-3)

@@ -375,6 +375,7 @@ def test_a_checkpointed_layer_returns_the_same() -> None:
         ({"experts": 4, "top_k": 0}, "moe.top_k is 0"),
         ({"experts": -1}, "moe.experts is -1"),
         ({"experts": 2.5}, "moe.experts is 2.5; give a whole number"),
+        ({"top_k": float("inf")}, "moe.top_k is inf"),
         ({"experts": 4, "router": "hash"}, "moe.router is 'hash'"),
         ({"experts": 4, "balance": "luck"}, "moe.balance is 'luck'"),
         ({"experts": 4, "capacity_factor": 0.0}, "moe.capacity_factor is 0.0"),

@@ -25,7 +25,9 @@ def forward(a: Tensor, c: Tensor, b: Tensor | None, e: Tensor | None, names: tup
 def _mix(v: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
     total = torch.zeros_like(v)
     for k, name in enumerate(names):
-        total = total + weighted(pointwise(name).function(v), c[..., k, None])
+        weight = c[..., k, None]
+        u = _cut(v, (weight == 0) & ~_finite(name, v))
+        total = total + weighted(pointwise(name).function(u), weight)
     return total
 
 
@@ -33,7 +35,19 @@ def _pairs(v: Tensor, w: Tensor, c: Tensor, names: tuple[str, ...]) -> Tensor:
     total = torch.zeros_like(v)
     for k, first in enumerate(names):
         for l, second in enumerate(names):  # noqa: E741
-            one, other, weight = pointwise(first).function(v), pointwise(second).function(w), c[..., k, l, None]
-            hidden = (weight == 0) & ~(one * other).isfinite()  # each factor is the gradient of the other
-            total = total + weight * (torch.where(hidden, 0.0, one) * torch.where(hidden, 0.0, other))
+            weight = c[..., k, l, None]
+            hidden = (weight == 0) & ~(_finite(first, v) & _finite(second, w))
+            product = pointwise(first).function(_cut(v, hidden)) * pointwise(second).function(_cut(w, hidden))
+            total = total + weighted(product, weight)
     return total
+
+
+def _finite(name: str, v: Tensor) -> Tensor:
+    """Where neither the activation nor its slope overflows."""
+    value, slope = pointwise(name).value_and_derivative(v.detach())
+    return value.isfinite() & slope.isfinite()
+
+
+def _cut(v: Tensor, hidden: Tensor) -> Tensor:
+    """v, to which no gradient comes where it is hidden: 0 times an overflow would be NaN."""
+    return torch.where(hidden, v.detach(), v)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import without_autocast
 from .centering import CenteredLoss
 
 
@@ -35,7 +36,7 @@ class DINOLoss(CenteredLoss):
         log_p = log_p.unflatten(0, batch_crops[0])  # (crops, B, K)
         log_q = self.log_targets(teacher.to(dtype), teacher_temperature).unflatten(0, batch_crops[1])
         q = log_q.exp()
-        with torch.autocast(q.device.type, enabled=False):  # which would round both to bfloat16 for the product
+        with without_autocast(q.device.type):  # which would round both to bfloat16 for the product
             cross = -torch.einsum("tbk,sbk->ts", q, log_p) / q.shape[1]  # (globals, crops)
         different = ~torch.eye(*cross.shape, dtype=torch.bool, device=cross.device)
         entropy = -(q * log_q).sum(-1).mean()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import without_autocast
+
 EPS = 1e-8  # keeps the logarithm of two equal features finite
 
 
@@ -18,7 +20,7 @@ def koleo_loss(features: Tensor) -> Tensor:
     Features are normalised here; the result is in float32 at least.
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device.type):
         features = F.normalize(features, dim=-1, eps=EPS)
         with torch.no_grad():
             similarity = features @ features.T

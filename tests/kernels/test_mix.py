@@ -216,6 +216,19 @@ def test_a_coefficient_of_zero_hides_an_overflow_in_the_backward_pass(huge: floa
     torch.testing.assert_close(a.grad, 0.25 * torch.tanh(u.detach()))
 
 
+@KERNELS
+@pytest.mark.parametrize(("huge", "name"), [(1e30, "relu2"), (3e38, "relu2"), (1e30, "gelu_tanh")])
+def test_a_coefficient_of_zero_hides_an_overflow_of_its_slope_too(huge: float, name: str, kernel: Kernel) -> None:
+    """At 3e38 the slope of ReLU² overflows too; at 1e30 that of the tanh GELU is NaN, its value finite."""
+    a = torch.full((1, 1), huge, requires_grad=True)
+    mix(a, torch.tensor([0.0, 1.0]), (name, "tanh"), kernel=kernel).sum().backward()
+    assert abs(a.grad.item()) < 1e-12
+    a, b = torch.full((1, 1), huge, requires_grad=True), torch.full((1, 1), 2.0, requires_grad=True)
+    mix_pairs(a, b, torch.tensor([[0.0, 0.0], [0.0, 1.0]]), (name, "tanh"), kernel).sum().backward()
+    assert abs(a.grad.item()) < 1e-12
+    torch.testing.assert_close(b.grad, 1 - torch.tanh(b.detach()).square())
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 7), (7, 1), (2, 5, 6), (6,), (10, 7)])
 def test_coefficients_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(
