@@ -50,7 +50,7 @@ class AbsentGPU:
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return -1  # no GPU's, under which Triton would keep what is compiled here
 
     def get_current_stream(self, device: int) -> int:
         return 0

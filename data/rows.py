@@ -60,11 +60,13 @@ def _table(
         if not numbered:
             raise UserError(f"text file '{path}' is empty: give one whose first line names the columns")
         (header, line), numbered = numbered[0], numbered[1:]
-        columns = line.split("\t")
+        columns = line.rstrip("\t").split("\t")
         if twice := [name for name in columns if columns.count(name) > 1]:
             raise UserError(f"{path} line {header} names the column '{twice[0]}' twice: rename one of the two")
     for number, line in numbered:
         cells = line.split("\t")
+        while len(cells) > len(columns) and not cells[-1]:
+            cells.pop()  # spreadsheets end lines so
         if len(cells) == len(columns):
             yield Record(f"{path} line {number}", dict(zip(columns, cells, strict=True)))
         elif len(cells) > len(columns) or not skip_broken:

@@ -26,6 +26,7 @@ from .random import named_seed
 from .sharded import local, sharded_as
 
 Scope = Literal["global", "layer"]
+ROUNDED = 1e-4  # a sparsity that is given with four digits may be that much less than the one that is meant
 STUDENT, TEACHER = ".student.", ".teacher."  # the teacher of a self-distillation is pruned as its student
 NET, AVERAGE = "net.", "average."  # and the average of a task's weights as the weights
 
@@ -88,7 +89,7 @@ def magnitude_masks(
         if before:
             size[~torch.cat([before[name].flatten() for name in names])] = -1.0  # they go first
         count, gone = round(sparsity * len(size)), int((size < 0).sum())
-        if count < gone and not part:
+        if count < gone - ROUNDED * len(size) and not part:
             raise UserError(
                 f"pruning.sparsity is {sparsity}, and the masks to go on from have {gone / len(size):.4g} in "
                 f"{names[0] if scope == 'layer' else 'all'} already; give at least that"

@@ -115,15 +115,15 @@ class Pruning(L.Callback):
             if self._restored.get("masks"):
                 raise UserError("the checkpoint's net is pruned; give its --pruning options, or another --ckpt_path")
             return
-        if self._restored.get("made_of") == self.made_of:
+        before = self._restored.get("made_of", {})
+        changed = [f"pruning.{name}" for name, value in self.made_of.items() if value != before.get(name)]
+        goes_on = bool(self._restored.get("masks")) and self._goes_on(trainer)
+        if self._restored and (not changed or (goes_on and changed == ["pruning.mask_from"])):  # which may have moved
             self.masks = unpacked(self._restored["masks"])
-        elif self._restored and self._goes_on(trainer):
-            changed = ", ".join(
-                f"pruning.{k}" for k, v in self.made_of.items() if v != self._restored["made_of"].get(k)
-            )
+        elif goes_on:
             raise UserError(
-                f"a run goes on with the masks that it has, and {changed} would make others; leave that out, or prune "
-                "in a new run with --pruning.mask_from"
+                f"a run goes on with the masks that it has, and {', '.join(changed)} would make others; leave that "
+                "out, or prune in a new run with --pruning.mask_from"
             )
         else:
             self.masks = self._make(pl_module)
@@ -144,7 +144,7 @@ class Pruning(L.Callback):
         folder, given = run_folder(trainer), trainer.ckpt_path
         if folder is None or given is None:
             return False
-        return Path(given).absolute().is_relative_to(folder.absolute())
+        return Path(given).parent.resolve() == (folder / CHECKPOINTS).resolve()
 
     def _make(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
         own = prunable(pl_module, self.gates, self.dense_blocks)
@@ -161,7 +161,7 @@ class Pruning(L.Callback):
         return shuffled(masks, int(pl_module.seed)) if self.shuffle else masks  # type: ignore[arg-type]
 
     def _taken(self, found: Trained, trainer: L.Trainer) -> dict[str, Tensor]:
-        """The other run's masks as they are, where they have the sparsity that is wanted, or its weights ranked."""
+        """The other run's weights ranked, or of a larger net's masks that are as sparse as is wanted these."""
         if found.said:
             if self.sparsity < found.sparsity - ALIKE:
                 raise UserError(
@@ -170,8 +170,8 @@ class Pruning(L.Callback):
                 )
             if trainer.is_global_zero:
                 log.warning("%s", found.said)
-        if found.masks and abs(self.sparsity - found.sparsity) <= ALIKE and (found.said or self.scope == "global"):
-            return found.masks
+            if found.masks and self.sparsity <= found.sparsity + ALIKE:
+                return found.masks
         return magnitude_masks(found.weights, found.masks, self.sparsity, self.scope, part=bool(found.said))
 
     def _report(self, trainer: L.Trainer) -> None:

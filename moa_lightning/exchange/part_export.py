@@ -57,9 +57,10 @@ def write_part(checkpoint: str, domain: str | None, out: Path) -> int:
     config = _config_of(load_config(str(run / CONFIG)).content, domain, part["hyper_parameters"], str(run / CONFIG))
     masks, pruned = _masks_of(content, domain), {}
     if masks:
-        made_of = {**content["callbacks"][PRUNER]["made_of"], "sparsity": round(sparsity_of(masks), 4)}
+        alone = {"sparsity": sparsity_of(masks), "mask_from": None, "shuffle": False}
+        made_of = {**content["callbacks"][PRUNER]["made_of"], **alone}
         part["callbacks"][PRUNER] = {"made_of": made_of, "masks": packed(masks)}
-        config["pruning"] = {**config["pruning"], "sparsity": made_of["sparsity"]}
+        config["pruning"] = {**config["pruning"], **alone, "rewind_to": None}
         pruned = {**made_of, "found": sparsity_of(masks), "density": density(masks)}
     mixes = _mixes_of(run / MIXING, domain)
     with new_folder(str(out)) as folder:
@@ -94,7 +95,7 @@ def _masks_of(content: Mapping[str, Any], domain: str) -> dict[str, Tensor]:
     masks = unpacked(content.get("callbacks", {}).get(PRUNER, {}).get("masks", {}))
     state, own = content["state_dict"], f"net.{domain}."
     found = {name: mask for name, mask in masks.items() if name.startswith(own)}
-    if "ffn" in content["hyper_parameters"]["tie"]:  # a shared weight has its mask under its name in the other task
+    if {"ffn", "gates"} & set(content["hyper_parameters"]["tie"]):  # shared weights have theirs under the other's names
         shared = {name: mask for name, mask in masks.items() if not name.startswith(own)}
         for name, weight in state.items():
             same = (m for n, m in shared.items() if m.shape == weight.shape and weight.equal(state[n]))

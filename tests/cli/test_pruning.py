@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from moa_lightning.checkpoints import RunCheckpointIO
-from moa_lightning.pruning import density, unpacked
+from moa_lightning.pruning import density, sparsity_of, unpacked
 
 from .conftest import MAE, Moa
 
@@ -91,6 +91,13 @@ def test_masks_are_not_made_anew_from_weights_that_they_have_zeroed(moa: Moa) ->
     assert not any((after[name] & ~mask).any() for name, mask in before.items())
     assert moa("fit --run_dir ticket --ckpt_path last --trainer.max_steps 4").code == 0
     assert all(torch.equal(mask, before[name]) for name, mask in masks("ticket").items())
+    moved = moa("fit --run_dir further --ckpt_path last --trainer.max_steps 5 --pruning.mask_from gone")
+    assert moved.code == 0, moved.err  # the path that the masks came from is not needed again
+    assert all(torch.equal(mask, after[name]) for name, mask in masks("further").items())
+
+    assert moa(f"{LINE} --trainer.max_steps 3 --run_dir dense").code == 0
+    assert moa("fit --run_dir dense --ckpt_path last --trainer.max_steps 4 --pruning.sparsity 0.5").code == 0
+    assert sparsity_of(masks("dense")) == pytest.approx(0.5, abs=1e-4)
 
 
 @pytest.mark.parametrize(

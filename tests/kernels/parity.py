@@ -53,6 +53,10 @@ EDGES = (
     86.0,
     88.0,
     1e4,
+    9e11,
+    1e12,
+    2e13,
+    1e15,
     1e18,
     1e30,
     3e38,
@@ -141,7 +145,7 @@ def edge_faults(name: str, dtype: torch.dtype, kernel: Kernel) -> list[str]:
 def property_faults(kernel: Kernel, dtype: torch.dtype) -> list[str]:
     """What else must hold: layouts, empty batches, zero coefficients that hide overflows."""
     faults = []
-    for form, names in (("plain", SEVEN), ("one", SEVEN), ("both", SEVEN), ("pairs", PAIRS)):
+    for form, names in (("plain", TEN), ("one", SEVEN), ("both", SEVEN), ("pairs", PAIRS)):
         entries = (len(names),) * (2 if form == "pairs" else 1)
         draw = torch.Generator().manual_seed(1)
         a, b, g = (torch.randn(4, 6, generator=draw).to(dtype) for _ in range(3))

@@ -9,7 +9,9 @@ from benchmarks.gpu_instructions import CASES, TOOLS, compiled, read
 from moa_lightning.kernels import triton_kernels, triton_mix
 from tests.kernels.parity import TEN
 
-pytestmark = pytest.mark.skipif(not (TOOLS / "ptxas").exists(), reason="a Triton without NVIDIA's tools")
+pytestmark = pytest.mark.skipif(
+    not (TOOLS / "ptxas").exists() or triton_mix.interpreted(), reason="no NVIDIA tools in Triton, or its interpreter"
+)
 
 
 @pytest.mark.parametrize("form", triton_mix.FORWARD)
